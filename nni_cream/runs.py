@@ -1,0 +1,138 @@
+"""Run directories: where everything that a run makes is kept, and how it is written so that nothing gets lost."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import tempfile
+from collections.abc import Callable, Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Final
+
+from nni_cream.errors import UserError
+
+RUNS: Final = Path("runs")
+PACKAGES: Final = ("nni", "torch", "torchvision", "timm", "pytorch-lightning", "torchmetrics", "numpy", "pydantic")
+
+
+def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+    """Let ``write`` make a temporary file, flush it to disk, and only then give it its name.
+
+    Whoever reads ``path`` sees the old content or the new, never a part.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(descriptor)
+    temporary = Path(name)
+    try:
+        write(temporary)
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file atomically."""
+
+    def write(temporary: Path) -> None:
+        temporary.write_text(text, encoding="utf-8")
+
+    write_atomically(path, write)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file atomically."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path, what: str) -> Any:
+    """Read a JSON file.
+
+    Args:
+        path: the file.
+        what: what it should be, for the error.
+
+    Raises:
+        UserError: if it is not there or is not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"There is no {what} {path}.") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError(f"{path} is not a {what}: {error}.") from None
+
+
+class RunDirectory:
+    """The folder of one run.
+
+    Under NNI it is ``$NNI_OUTPUT_DIR``, else ``runs/<name>`` below the current directory. It holds ``recipe.yml`` (as
+    run), ``environment.json`` (versions, machine, seed), ``metrics.csv``, ``tensorboard/``, ``checkpoints/``, and what
+    the run produces.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @classmethod
+    def for_run(cls, name: str, output: Path | None = None) -> RunDirectory:
+        """Choose the folder: ``output`` if given, else as described above."""
+        under_nni = os.environ.get("NNI_OUTPUT_DIR")
+        return cls(output or (Path(under_nni) if under_nni else RUNS / name))
+
+    @property
+    def checkpoint(self) -> Path:
+        """The newest checkpoint, whether or not it exists yet."""
+        return self.path / "checkpoints" / "last.ckpt"
+
+    def begin(self, recipe: str, seed: int) -> None:
+        """Record what is about to run.
+
+        Raises:
+            UserError: if the folder holds a run of another recipe, or cannot be written.
+        """
+        file = self.path / "recipe.yml"
+        try:
+            if file.exists():
+                if file.read_text(encoding="utf-8") != recipe:
+                    raise UserError(
+                        f"{self.path} holds a run of another recipe (see {file}); choose another folder with "
+                        "--name, or remove it."
+                    )
+                return
+            write_text(file, recipe)
+            write_json(self.path / "environment.json", {"seed": seed, **describe_environment()})
+        except OSError as error:
+            raise UserError(f"The run directory {self.path} cannot be written: {error.strerror}.") from None
+
+
+def describe_environment() -> dict[str, Any]:
+    """Return the versions of what computes, and the machine."""
+    versions: dict[str, str] = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    return {
+        "versions": versions,
+        "machine": {"system": platform.platform(), "processor": platform.machine(), "cores": os.cpu_count()},
+    }
+
+
+def newest_search(root: Path = RUNS) -> Path | None:
+    """Find the ``child.json`` that was written last below ``root``."""
+    found = sorted(root.glob("**/child.json"), key=lambda path: (path.stat().st_mtime, str(path)))
+    return found[-1] if found else None
+
+
+def describe(metrics: Mapping[str, Any]) -> str:
+    """Write metrics on one line for a person: ``epoch 3, val_accuracy 0.9412, …``."""
+    parts = []
+    for name, value in metrics.items():
+        parts.append(f"{name} {value:.4f}" if isinstance(value, float) else f"{name} {value}")
+    return ", ".join(parts)

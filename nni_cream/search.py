@@ -1,0 +1,143 @@
+"""A Cream search from recipe to child, as its trial runs it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from nni.nas.evaluator.pytorch import DataLoader, Lightning, Trainer
+from nni.nas.execution import SequentialExecutionEngine
+from nni.nas.execution.event import IntermediateMetricEvent, ModelEventType
+from nni.nas.space import RawFormatModelSpace
+from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning.loggers import TensorBoardLogger
+
+from nni_cream.architecture import CreamPath
+from nni_cream.child import Child
+from nni_cream.data import LabelledImages, load_data
+from nni_cream.data_names import Augmentation, Fractions
+from nni_cream.recipe import CreamRecipe, Data, Device
+from nni_cream.reporting import Reporter, on_terminal
+from nni_cream.runs import RunDirectory
+from nni_cream.strategies.cream import CreamStrategy
+from nni_cream.training import ImageClassifier
+
+
+def search_cream(recipe: CreamRecipe, directory: RunDirectory) -> Child:
+    """Search, write the child into ``directory``, and report it."""
+    from search_spaces.cream import CreamSpace, plan_space
+
+    result = directory.path / "child.json"
+    if result.exists():
+        child = Child.load(result)
+        print(f"{directory.path} holds a search that has ended; choose another folder with --name for a new one.")
+        print_child(child, directory)
+        return child
+
+    pl.seed_everything(recipe.seed, verbose=False)
+    million = 1_000_000
+    low, high = recipe.flops.min * million, recipe.flops.max * million
+    plan = plan_space(recipe.flops.min, recipe.flops.max, recipe.data.resolution)
+    splits = load_splits(recipe.data, recipe.seed)
+    space = CreamSpace(plan.depths, splits.num_classes, aligned=recipe.space.aligned)
+    space.to(memory_format=getattr(torch, recipe.device.memory_format))
+    evaluator = Lightning(
+        ImageClassifier(splits.num_classes, recipe.optimizer.timm_arguments(), recipe.schedule.timm_arguments()),
+        make_trainer(recipe.epochs, recipe.device, directory),
+        train_dataloaders=make_loader(splits.weights, recipe.data, training=True),
+        val_dataloaders=make_loader(splits.architecture, recipe.data),
+        fit_kwargs={"ckpt_path": directory.checkpoint} if directory.checkpoint.exists() else None,
+    )
+    strategy = CreamStrategy(
+        **recipe.cream.model_dump(),
+        flops_range=(low, high),
+        seed=recipe.seed,
+        ranking_dataloader=make_loader(splits.validation, recipe.data),
+    )
+
+    reporter = Reporter(directory.path, quiet=on_terminal())
+
+    def forward(event: IntermediateMetricEvent) -> None:
+        reporter.intermediate(event.metric)
+
+    engine = SequentialExecutionEngine()
+    engine.register_model_event_callback(ModelEventType.IntermediateMetric, forward)
+    strategy(RawFormatModelSpace.from_model(space, evaluator), engine)
+
+    module = strategy.oneshot_module
+    best, *others = module.ranking
+    child = Child(
+        path=CreamPath.from_sample(best.sample),
+        num_classes=splits.num_classes,
+        accuracy=best.accuracy,
+        flops=best.cost.macs,
+        params=best.cost.params,
+        data=recipe.data.model_dump(mode="json"),
+        search={"name": recipe.name, "seed": recipe.seed, "epochs": recipe.epochs},
+        runners_up=[
+            {
+                "path": CreamPath.from_sample(other.sample).to_lists(),
+                "accuracy": other.accuracy,
+                "flops": other.cost.macs,
+                "params": other.cost.params,
+            }
+            for other in others
+        ],
+    )
+    child.save(result, module.calibrated_network(best.sample))
+    reporter.final({"default": child.accuracy, "flops": child.flops, "params": child.params, "path": str(child.path)})
+    print_child(child, directory)
+    return child
+
+
+def print_child(child: Child, directory: RunDirectory) -> None:
+    """Tell a person what was found."""
+    print(f"path:      {child.path}")
+    print(f"FLOPs:     {child.flops / 1e6:.2f} M multiply-accumulates")
+    print(f"params:    {child.params / 1e6:.3f} M")
+    print(f"accuracy:  {child.accuracy:.4f} with shared weights, on held-out images")
+    print(f"folder:    {directory.path.resolve()}", flush=True)
+
+
+def load_splits(data: Data, seed: int) -> Any:
+    """Load the data set of a recipe."""
+    return load_data(
+        data.name,
+        folder=data.folder,
+        resolution=data.resolution,
+        seed=seed,
+        augmentation=Augmentation(**data.augmentation.model_dump()),
+        download=data.download,
+        fractions=Fractions(validation=data.validation_fraction, architecture=data.architecture_fraction),
+    )
+
+
+def make_loader(images: LabelledImages, data: Data, *, training: bool = False) -> Any:
+    """Return batches of ``images``: shuffled, and without a smaller last one, for training."""
+    return DataLoader(
+        images,
+        batch_size=data.batch_size,
+        shuffle=training,
+        drop_last=training,
+        num_workers=data.workers,
+        persistent_workers=data.workers > 0,
+    )
+
+
+def make_trainer(epochs: int, device: Device, directory: RunDirectory, **arguments: Any) -> Any:
+    """Return a Lightning trainer that keeps checkpoints and TensorBoard events in the run directory."""
+    return Trainer(
+        max_epochs=epochs,
+        accelerator=device.accelerator,
+        devices=device.devices,
+        precision=device.precision,
+        default_root_dir=directory.path,
+        logger=TensorBoardLogger(directory.path, name="tensorboard", version=""),
+        callbacks=[ModelCheckpoint(directory.checkpoint.parent, save_last=True, save_top_k=1)],
+        enable_progress_bar=on_terminal(),
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        log_every_n_steps=10,
+        **arguments,
+    )

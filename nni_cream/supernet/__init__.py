@@ -1,0 +1,1 @@
+"""How a supernet runs: the paths through it, and its batch norms."""

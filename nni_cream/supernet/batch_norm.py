@@ -1,0 +1,62 @@
+"""Batch norms that many paths share.
+
+Running statistics of a supernet are a mixture over paths and fit none of them. So a path is judged either with the
+statistics of the batch itself, or with running statistics that were recomputed for this path alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+
+def _batch_norms(network: nn.Module) -> list[_BatchNorm]:
+    return [module for module in network.modules() if isinstance(module, _BatchNorm)]
+
+
+@contextmanager
+def batch_statistics(network: nn.Module) -> Iterator[None]:
+    """Normalise with the statistics of each batch, and leave the running statistics untouched."""
+    norms = _batch_norms(network)
+    before = [(norm.training, norm.track_running_stats) for norm in norms]
+    for norm in norms:
+        norm.training, norm.track_running_stats = True, False
+    try:
+        yield
+    finally:
+        for norm, (training, tracking) in zip(norms, before, strict=True):
+            norm.training, norm.track_running_stats = training, tracking
+
+
+@contextmanager
+def recalibrated(network: nn.Module, batches: Iterable[Tensor]) -> Iterator[None]:
+    """Evaluate ``network`` with running statistics recomputed over ``batches`` of images.
+
+    Each statistic becomes the plain average over the batches. On leaving, modes and statistics are as before.
+    """
+    norms = _batch_norms(network)
+    modes = [(module, module.training) for module in network.modules()]
+    buffers = [(buffer, buffer.clone()) for norm in norms for buffer in norm.buffers()]
+    momenta = [norm.momentum for norm in norms]
+    try:
+        network.eval()
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None  # torch's word for a cumulative average
+            norm.train()
+        with torch.no_grad():
+            for images in batches:
+                network(images)
+        network.eval()
+        yield
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+        for buffer, value in buffers:
+            buffer.copy_(value)
+        for module, training in modes:
+            module.training = training

@@ -1,0 +1,96 @@
+"""The Lightning module that trains an image classifier: a supernet under a strategy, or one network by itself."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import nni
+import torch.nn.functional as F
+from nni.nas.evaluator.pytorch import LightningModule
+from timm.optim._optim_factory import create_optimizer_v2
+from timm.scheduler.scheduler_factory import create_scheduler_v2
+from torch import Tensor
+from torchmetrics.classification import MulticlassAccuracy
+
+
+class ImageClassifier(LightningModule):
+    """Trains ``model``, [N, 3, R, R] to logits [N, classes], and reports its accuracy to NNI.
+
+    Args:
+        num_classes: number of classes.
+        optimizer: arguments of ``timm.optim.create_optimizer_v2``. Weight decay spares biases and batch norms.
+        schedule: arguments of ``timm.scheduler.create_scheduler_v2``; the learning rate changes after every step, and
+            the number of steps is the true one.
+        label_smoothing: of the training loss.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        optimizer: Mapping[str, Any],
+        schedule: Mapping[str, Any],
+        label_smoothing: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.optimizer_arguments = dict(optimizer)
+        self.schedule_arguments = dict(schedule)
+        self.label_smoothing = label_smoothing
+        self.top1 = MulticlassAccuracy(num_classes, average="micro")
+        self.top5 = MulticlassAccuracy(num_classes, average="micro", top_k=min(5, num_classes))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return logits."""
+        logits: Tensor = self.model(images)
+        return logits
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """Return the loss of one batch."""
+        images, targets = batch
+        loss = F.cross_entropy(self(images), targets, label_smoothing=self.label_smoothing)
+        self.log("train_loss", loss.detach(), prog_bar=True)
+        return loss
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        """Measure one batch."""
+        self._measure(batch, "val")
+
+    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        """Measure one batch."""
+        self._measure(batch, "test")
+
+    def _measure(self, batch: tuple[Tensor, Tensor], stage: str) -> None:
+        images, targets = batch
+        logits = self(images)
+        self.top1(logits, targets)
+        self.top5(logits, targets)
+        self.log(f"{stage}_accuracy", self.top1, on_epoch=True, prog_bar=True)
+        self.log(f"{stage}_top5", self.top5, on_epoch=True)
+        self.log(f"{stage}_loss", F.cross_entropy(logits, targets), on_epoch=True)
+
+    def on_validation_epoch_end(self) -> None:
+        """Report the epoch to NNI."""
+        if self.trainer.sanity_checking or not self.trainer.is_global_zero:
+            return
+        metrics = {name: value.item() for name, value in self.trainer.callback_metrics.items()}
+        nni.report_intermediate_result(
+            {"default": metrics["val_accuracy"], "epoch": self.trainer.current_epoch + 1, **metrics}
+        )
+
+    def configure_optimizers(self) -> Any:
+        """Build optimizer and schedule with timm."""
+        optimizer = create_optimizer_v2(self.model, **self.optimizer_arguments)
+        epochs = self.trainer.max_epochs or 1
+        scheduler, _ = create_scheduler_v2(
+            optimizer,
+            num_epochs=epochs,
+            step_on_epochs=False,
+            updates_per_epoch=math.ceil(self.trainer.estimated_stepping_batches / epochs),
+            **self.schedule_arguments,
+        )
+        return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
+
+    def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
+        """Advance a timm schedule, which wants to be told how many batches there have been."""
+        scheduler.step_update(num_updates=self.trainer.fit_loop.total_batch_idx + 1)

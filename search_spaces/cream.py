@@ -1,0 +1,213 @@
+"""The Cream supernet as an NNI model space: a ``LayerChoice`` of inverted residuals for every block.
+
+Source: Peng et al., "Cream of the Crop", NeurIPS 2020. Depth and resolution follow from a FLOPs interval as in the
+published code; the FLOPs of that rule are those of ptflops 0.6 (:func:`nni_cream.cost.ptflops_macs`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Final
+
+import nni.nas.nn.pytorch as nas
+import torch
+from timm.models._efficientnet_blocks import InvertedResidual
+from timm.models._efficientnet_builder import efficientnet_init_weights
+from torch import Tensor, nn
+
+from nni_cream.architecture import CreamPath, block_label
+from nni_cream.cost import ptflops_macs
+from nni_cream.errors import UserError
+from nni_cream.models.cream import (
+    CHOICES,
+    STAGES,
+    STEM_CHANNELS,
+    Choice,
+    build_child,
+    make_choice_block,
+)
+
+PAPER_RESOLUTION: Final = 224
+RESOLUTION_STEP: Final = 32
+
+# Stages (counted from 0 among the choice stages) in the order in which they are given further blocks, and the depth
+# each may reach in the first and in the second round.
+_DEPTH_ORDER: Final = (2, 3, 4, 1, 0)
+_DEPTH_LIMITS: Final = ((3, 3, 3, 2, 2), (4, 4, 4, 4, 4))
+
+
+@dataclass(frozen=True)
+class SpacePlan:
+    """How deep the choice stages are, and the resolution (pixels) that the budget is meant for."""
+
+    depths: tuple[int, ...]
+    resolution: int
+
+
+@dataclass(frozen=True)
+class StageCost:
+    """Million MACs (ptflops convention) of every choice in the first block of a stage, and in each further block."""
+
+    first: tuple[float, ...]
+    further: tuple[float, ...]
+
+
+@lru_cache
+def stage_costs(resolution: int) -> tuple[StageCost, ...]:
+    """Count the choices of every stage at ``resolution`` pixels.
+
+    At 224 pixels these are the numbers of the published table.
+    """
+    costs = []
+    size = -(-resolution // 2)
+    in_channels = STEM_CHANNELS
+    for stage in STAGES:
+        first = tuple(_million_macs(c, in_channels, stage.channels, stage.stride, size) for c in CHOICES)
+        size = -(-size // stage.stride)
+        further = tuple(_million_macs(c, stage.channels, stage.channels, 1, size) for c in CHOICES)
+        costs.append(StageCost(first, further))
+        in_channels = stage.channels
+    return tuple(costs)
+
+
+def _million_macs(choice: Choice, in_channels: int, out_channels: int, stride: int, size: int) -> float:
+    with torch.device("meta"):
+        block = make_choice_block(choice, in_channels, out_channels, stride).eval()
+        return ptflops_macs(block, torch.empty(1, in_channels, size, size)) / 1e6
+
+
+def plan_space(minimum: float, maximum: float, resolution: int | None = None) -> SpacePlan:
+    """Choose depth and resolution for a FLOPs interval, as the published code does.
+
+    Args:
+        minimum: lower end of the interval, million MACs.
+        maximum: upper end of the interval, million MACs.
+        resolution: pixels, if the user fixes it. Otherwise it starts at 224 and falls in steps of 32 while even the
+            smallest network exceeds the maximum; each step also stretches the interval by 7 over the new number of
+            steps, as in the published code.
+
+    Raises:
+        UserError: if ``minimum > maximum``, or no network lies in the interval.
+    """
+    if minimum > maximum:
+        raise UserError(
+            f"The FLOPs interval [{minimum:g} M, {maximum:g} M] is empty: its minimum is above its maximum."
+        )
+    costs = stage_costs(resolution or PAPER_RESOLUTION)
+    smallest = sum(stage.first[0] for stage in costs)
+    largest = sum(stage.first[-1] for stage in costs)
+    bound = largest + sum((_DEPTH_LIMITS[-1][s] - 1) * stage.further[-1] for s, stage in enumerate(costs))
+    reachable = (
+        f"at {resolution or PAPER_RESOLUTION} pixels the blocks that are searched cost "
+        f"{smallest:.3g} M to {bound:.3g} M"
+    )
+
+    steps = PAPER_RESOLUTION // RESOLUTION_STEP
+    if smallest > maximum:
+        low, high = minimum, maximum
+        while resolution is None and smallest > high and steps >= 2:
+            steps -= 1
+            low, high = (end * (PAPER_RESOLUTION // RESOLUTION_STEP) / steps for end in (low, high))
+        if smallest > high or steps < 2:
+            raise UserError(f"No network fits the FLOPs interval [{minimum:g} M, {maximum:g} M]: {reachable}.")
+        minimum, maximum = low, high
+
+    depths = [1] * len(STAGES)
+    for limits in _DEPTH_LIMITS:
+        for s, limit in zip(_DEPTH_ORDER, limits, strict=True):
+            while depths[s] < limit and (largest < minimum or largest + costs[s].further[-1] <= maximum):
+                depths[s] += 1
+                largest += costs[s].further[-1]
+    if largest < minimum:
+        raise UserError(f"No network reaches the FLOPs interval [{minimum:g} M, {maximum:g} M]: {reachable}.")
+    return SpacePlan(tuple(depths), resolution or steps * RESOLUTION_STEP)
+
+
+@torch.no_grad()
+def align(candidates: Sequence[InvertedResidual]) -> None:
+    """Let the candidates of one block, in the order of :data:`CHOICES`, start as nearly the same function.
+
+    A narrower candidate gets the first channels of the widest, and a larger kernel has the 3×3 one in its middle and
+    zeros around it (which learn like any other weight). The weights come from the wide 3×3 and are copies: nothing is
+    shared afterwards.
+    """
+    wide = candidates[CHOICES.index(Choice(3, 6))]
+    source = {name: parameter.clone() for name, parameter in wide.named_parameters()}
+    for choice, candidate in zip(CHOICES, candidates, strict=True):
+        margin = (choice.kernel - 3) // 2
+        for name, parameter in candidate.named_parameters():
+            target: Tensor = parameter
+            if name == "conv_dw.weight":
+                parameter.zero_()
+                target = parameter[:, :, margin : margin + 3, margin : margin + 3]
+            target.copy_(source[name][tuple(slice(size) for size in target.shape)])
+
+
+class CreamSpace(nas.ModelSpace):
+    """The Cream supernet, [N, 3, R, R] to logits [N, num_classes].
+
+    Args:
+        depths: number of blocks of each of the five choice stages, from :func:`plan_space`.
+        num_classes: number of classes.
+        aligned: let the candidates of a block start as (nearly) the same function, see :func:`align`. Without it a
+            supernet needs several times the steps before random paths do better than chance; the published one starts
+            without.
+
+    Every block of stage s (counted from 1) is a choice labelled ``stage<s>_block<b>`` between the candidates of
+    :data:`nni_cream.models.cream.CHOICES`; the first and the last stage are choices between one candidate each, so
+    that samples, published paths, and state-dict keys (``blocks.<s>.<b>.<choice>.…``) have one form. Stem and head
+    are those of the child networks, so ``space.freeze(sample)`` has the state-dict keys of :meth:`build_child`.
+    """
+
+    def __init__(self, depths: Sequence[int], num_classes: int, *, aligned: bool = False) -> None:
+        super().__init__()
+        if len(depths) != len(STAGES) or any(depth < 1 for depth in depths):
+            raise UserError(f"The Cream supernet needs {len(STAGES)} depths of at least 1, not {list(depths)}.")
+        self.num_classes = num_classes
+        # Stem, first and last stage, and head come from a child network; what lies between is replaced.
+        template: Any = build_child(CreamPath(((0,),) * (len(STAGES) + 2)), num_classes=num_classes)
+        self.conv_stem = template.conv_stem
+        self.bn1 = template.bn1
+
+        stages = [self._choose(0, [[template.blocks[0][0]]])]
+        in_channels = STEM_CHANNELS
+        candidates: list[list[InvertedResidual]] = []
+        for number, (stage, depth) in enumerate(zip(STAGES, depths, strict=True), start=1):
+            blocks = []
+            for block in range(depth):
+                source, stride = (in_channels, stage.stride) if block == 0 else (stage.channels, 1)
+                blocks.append([make_choice_block(c, source, stage.channels, stride) for c in CHOICES])
+            candidates += blocks
+            stages.append(self._choose(number, blocks))
+            in_channels = stage.channels
+        stages.append(self._choose(len(STAGES) + 1, [[template.blocks[-1][0]]]))
+        self.blocks = nn.Sequential(*stages)
+
+        self.global_pool = template.global_pool
+        self.conv_head = template.conv_head
+        self.act2 = template.act2
+        self.classifier = template.classifier
+        efficientnet_init_weights(self)
+        if aligned:
+            for block_candidates in candidates:
+                align(block_candidates)
+
+    @staticmethod
+    def _choose(stage: int, blocks: Sequence[Sequence[nn.Module]]) -> nn.Sequential:
+        return nn.Sequential(
+            *(nas.LayerChoice(list(candidates), label=block_label(stage, b)) for b, candidates in enumerate(blocks))
+        )
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Run the supernet, or the network that it was frozen to."""
+        features = self.blocks(self.bn1(self.conv_stem(images)))
+        pooled = self.act2(self.conv_head(self.global_pool(features)))
+        logits: Tensor = self.classifier(pooled.flatten(1))
+        return logits
+
+    @staticmethod
+    def architecture(sample: dict[str, Any]) -> CreamPath:
+        """Return the architecture that ``sample`` stands for."""
+        return CreamPath.from_sample(sample)

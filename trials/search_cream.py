@@ -1,0 +1,35 @@
+"""Search a network with Cream.
+
+    python trials/search_cream.py --recipe experiments/recipes/cream_mnist5k.yml
+
+The same command is the trial of ``experiments/cream.yml``; without NNI it reports to the terminal. It ends with
+``child.json`` and ``child.safetensors`` in the run directory. Given again, it goes on where it was interrupted.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+# NNI copies this tree to machines on which only its dependencies are installed.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from nni_cream.cli import make_parser, overrides_of, run
+from nni_cream.recipe import CreamRecipe, load_recipe, to_yaml
+from nni_cream.runs import RunDirectory
+
+
+def main() -> None:
+    """Read the settings and run the search."""
+    arguments = make_parser(__doc__, "experiments/recipes/cream_mnist5k.yml").parse_args()
+    recipe = load_recipe(CreamRecipe, arguments.recipe, overrides_of(arguments))
+    directory = RunDirectory.for_run(recipe.name, arguments.output)
+    directory.begin(to_yaml(recipe), recipe.seed)
+
+    from nni_cream.search import search_cream
+
+    search_cream(recipe, directory)
+
+
+if __name__ == "__main__":
+    run(main)
