@@ -6,7 +6,7 @@ it the weights inherited from the supernet. Neither can execute code when read.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -18,6 +18,16 @@ if TYPE_CHECKING:
     from torch import nn
 
 FORMAT: Final = "nni_cream.child/1"
+
+_TYPES: Final[dict[str, type | tuple[type, ...]]] = {
+    "num_classes": int,
+    "accuracy": (int, float),
+    "flops": int,
+    "params": int,
+    "data": dict,
+    "search": dict,
+    "runners_up": list,
+}
 
 
 @dataclass(frozen=True)
@@ -66,10 +76,22 @@ class Child:
         content = read_json(file, "child of a search")
         if not isinstance(content, dict) or content.pop("format", None) != FORMAT:
             raise UserError(f"{file} is not a child of a search: its 'format' should be {FORMAT!r}.")
+        content.setdefault("runners_up", [])
+        known = [item.name for item in fields(cls)]
+        for name in [*known, *content]:
+            if name not in content:
+                raise UserError(f"{file} is not a complete child of a search: {name!r} is missing.")
+            if name not in known:
+                raise UserError(f"{file} is not a child of a search: {name!r} is not part of one.")
+            if name in _TYPES and not isinstance(content[name], _TYPES[name]):
+                raise UserError(f"{file} is not a child of a search: {name!r} cannot be {content[name]!r}.")
         try:
-            return cls(**{**content, "path": CreamPath.of(content["path"])})
-        except (KeyError, TypeError) as error:
-            raise UserError(f"{file} is not a complete child of a search: {error}.") from None
+            path = CreamPath.of(content["path"])
+        except TypeError:
+            raise UserError(f"{file} is not a child of a search: 'path' should be a list of lists.") from None
+        except UserError as error:
+            raise UserError(f"{file} is not a child of a search: {error}") from None
+        return cls(**{**content, "path": path})
 
     def build(self, *, num_classes: int | None = None, drop_rate: float = 0.0) -> nn.Module:
         """Build the network, [N, 3, R, R] to logits, with new weights."""

@@ -13,11 +13,11 @@ from nni_cream.errors import UserError
 from nni_cream.recipe import parse_override
 
 
-def make_parser(description: str | None, recipe: str) -> argparse.ArgumentParser:
+def make_parser(description: str | None, recipe: Path) -> argparse.ArgumentParser:
     """Return a parser with the options that every trial has."""
     parser = argparse.ArgumentParser(description=(description or "").partition("\n")[0])
     parser.add_argument(
-        "--recipe", type=Path, default=Path(recipe), help="settings, a YAML file (default: %(default)s)"
+        "--recipe", type=Path, default=recipe, help="settings, a YAML file (default: %(default)s)"
     )
     parser.add_argument(
         "--set",

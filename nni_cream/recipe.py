@@ -12,7 +12,17 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from nni_cream.data_names import DATA_SETS
 from nni_cream.errors import UserError
@@ -21,11 +31,22 @@ Share = Annotated[float, Field(ge=0, le=1)]
 NotNegative = Annotated[float, Field(ge=0)]
 Pair = tuple[PositiveFloat, PositiveFloat]
 
+# What timm builds with Nesterov's momentum, which torch refuses to do with a momentum of 0.
+_NESTEROV = frozenset({"sgd", "sgdw", "sgdc", "nesterov", "nesterovw", "csgdw", "csgdc", "nlars", "nlarc"})
+
 
 class Settings(BaseModel):
     """A group of settings; a key that is not declared is an error."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _number_is_no_bool(cls, value: Any, info: ValidationInfo) -> Any:
+        # Pydantic would take true, which YAML also spells "yes" and "on", for the number 1.
+        if isinstance(value, bool) and info.field_name and cls.model_fields[info.field_name].annotation is not bool:
+            raise ValueError(f"{str(value).lower()} is not a value for this setting")
+        return value
 
 
 class Augmentation(Settings):
@@ -74,12 +95,19 @@ class ChildData(Data):
     resolution: Annotated[int, Field(ge=8)] | None = None  # type: ignore[assignment]
 
     def completed(self, searched: Mapping[str, Any]) -> Data:
-        """Fill in what is None from the data settings of the search, or from the defaults of :class:`Data`."""
+        """Fill in what is None from the data settings of the search, or from the defaults of :class:`Data`.
+
+        Raises:
+            UserError: if they are not data settings.
+        """
         given = {name: value for name, value in self.model_dump().items() if value is not None}
         inherited = {key: searched[key] for key in ("name", "folder", "resolution") if searched.get(key) is not None}
         if self.name is not None and self.name != inherited.get("name"):
             inherited.pop("folder", None)
-        return Data.model_validate({**inherited, **given})
+        try:
+            return Data.model_validate({**inherited, **given})
+        except ValidationError as error:
+            raise UserError(f"The data settings of the search: {_sentence(error, Data)}") from None
 
 
 class Optimizer(Settings):
@@ -89,6 +117,16 @@ class Optimizer(Settings):
     lr: PositiveFloat = 0.1
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     weight_decay: NotNegative = 1e-4
+
+    @model_validator(mode="after")
+    def _nesterov_has_momentum(self) -> Optimizer:
+        # timm reads "lookahead_sgd" as sgd inside another optimizer.
+        if self.momentum == 0 and self.name.lower().rpartition("_")[2] in _NESTEROV:
+            raise ValueError(
+                f"momentum is 0, but {self.name!r} is Nesterov's method and needs a momentum above 0; "
+                "for plain gradient descent write name: momentum"
+            )
+        return self
 
     def timm_arguments(self) -> dict[str, Any]:
         """Return the settings under timm's names."""
@@ -167,12 +205,24 @@ class Recipe(Settings):
     """What a search and a training have in common."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
-    seed: Annotated[int, Field(ge=0)] = 0
+    # NumPy takes no larger seed.
+    seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 0
     epochs: PositiveInt
     data: Data = Data()
     optimizer: Optimizer = Optimizer()
     schedule: Schedule = Schedule()
     device: Device = Device()
+
+    @model_validator(mode="after")
+    def _learning_rate_falls(self) -> Recipe:
+        if self.schedule.warmup_epochs >= self.epochs:
+            raise ValueError(
+                f"schedule.warmup_epochs is {self.schedule.warmup_epochs}, but the learning rate falls after it and "
+                f"epochs is {self.epochs}: make it smaller"
+            )
+        if self.schedule.min_lr > self.optimizer.lr:
+            raise ValueError(f"schedule.min_lr is {self.schedule.min_lr:g}, above optimizer.lr {self.optimizer.lr:g}")
+        return self
 
 
 class CreamRecipe(Recipe):
@@ -206,6 +256,9 @@ class RetrainRecipe(Recipe):
     inherit_weights: bool = False
 
 
+# Where pydantic's own words are about Python.
+_EXPECTED = {"model_type": "be a group of settings", "path_type": "be a path", "tuple_type": "be a list"}
+
 AnyRecipe = TypeVar("AnyRecipe", bound=Recipe)
 
 
@@ -226,7 +279,8 @@ def load_recipe(kind: type[AnyRecipe], path: Path, overrides: Mapping[str, Any])
         raise UserError(f"There is no recipe {path}; those shipped are in experiments/recipes/.") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"The recipe {path} cannot be read: {error}.") from None
-    except yaml.YAMLError as error:
+    # PyYAML lets a ValueError through for what looks like a date and is none.
+    except (yaml.YAMLError, ValueError) as error:
         raise UserError(f"The recipe {path} is not valid YAML: {' '.join(str(error).split())}.") from None
     if not isinstance(content, dict):
         raise UserError(f"The recipe {path} should be a YAML mapping of settings, such as 'epochs: 10'.")
@@ -249,7 +303,7 @@ def parse_override(text: str) -> tuple[str, Any]:
         raise UserError(f"{text!r} sets nothing; write key=value, as in --set optimizer.lr=0.2.")
     try:
         return key.strip(), yaml.safe_load(value)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError):
         raise UserError(f"The value in {text!r} is not valid YAML.") from None
 
 
@@ -267,38 +321,48 @@ def _set(content: dict[str, Any], key: str, value: Any, known: list[str]) -> Non
     if key not in known:
         raise UserError(_unknown(key, known))
     *groups, last = key.split(".")
-    for group in groups:
+    for depth, group in enumerate(groups, start=1):
         content = content.setdefault(group, {})
         if not isinstance(content, dict):
-            raise UserError(f"'{key}' cannot be set because '{group}' is not a group of settings in the recipe.")
+            name = ".".join(groups[:depth])
+            raise UserError(f"'{key}' cannot be set because '{name}' is not a group of settings in the recipe.")
     content[last] = value
 
 
 def _unknown(key: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(key, list(known), n=1, cutoff=0)
-    return f"'{key}' is not a setting; did you mean '{near[0]}'?"
+    def likeness(other: str) -> float:
+        # Counting the last word once more lets 'lr' find 'optimizer.lr'.
+        pairs = (key, other), (key.rpartition(".")[2], other.rpartition(".")[2])
+        return sum(difflib.SequenceMatcher(None, *pair).ratio() for pair in pairs)
+
+    return f"'{key}' is not a setting; did you mean '{max(known, key=likeness)}'?"
 
 
 def _sentence(error: ValidationError, kind: type[BaseModel]) -> str:
-    """Turn pydantic's first complaint into one sentence."""
-    # An unknown key is the likelier mistake when a required one is missing too.
-    complaints = sorted(error.errors(), key=lambda complaint: complaint["type"] != "extra_forbidden")
-    first = complaints[0]
+    """Turn one of pydantic's complaints into a sentence."""
+    # An unknown key is the likelier mistake when a required one is missing too. Of the complaints about a union, the
+    # one that goes deepest is about the member that was meant.
+    first = min(error.errors(), key=lambda complaint: (complaint["type"] != "extra_forbidden", -len(complaint["loc"])))
     known = dotted_keys(kind)
     key = ""
     for part in first["loc"]:
-        # Positions in tuples, and names of union members, belong to the message rather than to the key.
-        if not isinstance(part, str) or (key and f"{key}.{part}" not in known and first["type"] != "extra_forbidden"):
-            break
-        key = f"{key}.{part}" if key else part
-    message = first["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+        longer = f"{key}.{part}" if key else str(part)
+        if longer in known or first["type"] == "extra_forbidden":
+            key = longer
+        elif isinstance(part, int):
+            key += f"[{part}]"
+        # Else it is the name of a union's member.
+    message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "extra_forbidden":
         return _unknown(key, known)
     if first["type"] == "missing":
         return f"the setting '{key}' is missing."
     if first["type"] == "value_error":
-        return f"{message[0].lower() if not key else f'{key}: ' + message[0]}{message[1:]}."
-    return f"'{key}' is {first['input']!r}, but should be {message}."
+        return f"{key}: {message}." if key else f"{message}."
+    if first["type"] == "invalid_key":
+        return f"the key {first['input']!r} should be text."
+    expected = _EXPECTED.get(first["type"]) or message.partition(" should ")[2] or f"not: {message}"
+    return f"'{key}' is {first['input']!r}, but should {expected}."
 
 
 def to_yaml(recipe: Recipe) -> str:

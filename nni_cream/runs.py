@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
-import tempfile
+import uuid
 from collections.abc import Callable, Mapping
 from importlib import metadata
 from pathlib import Path
@@ -23,9 +23,8 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     Whoever reads ``path`` sees the old content or the new, never a part.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(descriptor)
-    temporary = Path(name)
+    # Not tempfile's: its files, and so what they become, nobody but their owner may read.
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
         write(temporary)
         with temporary.open("rb+") as file:
@@ -98,14 +97,15 @@ class RunDirectory:
         file = self.path / "recipe.yml"
         try:
             if file.exists():
-                if file.read_text(encoding="utf-8") != recipe:
+                if file.read_bytes() != recipe.encode():
                     raise UserError(
                         f"{self.path} holds a run of another recipe (see {file}); choose another folder with "
                         "--name, or remove it."
                     )
                 return
-            write_text(file, recipe)
             write_json(self.path / "environment.json", {"seed": seed, **describe_environment()})
+            # Last, because a folder with a recipe counts as begun.
+            write_text(file, recipe)
         except OSError as error:
             raise UserError(f"The run directory {self.path} cannot be written: {error.strerror}.") from None
 

@@ -41,7 +41,7 @@ def search_cream(recipe: CreamRecipe, directory: RunDirectory) -> Child:
     plan = plan_space(recipe.flops.min, recipe.flops.max, recipe.data.resolution)
     splits = load_splits(recipe.data, recipe.seed)
     space = CreamSpace(plan.depths, splits.num_classes, aligned=recipe.space.aligned)
-    space.to(memory_format=getattr(torch, recipe.device.memory_format))
+    arrange_in_memory(space, recipe.device)
     evaluator = Lightning(
         ImageClassifier(splits.num_classes, recipe.optimizer.timm_arguments(), recipe.schedule.timm_arguments()),
         make_trainer(recipe.epochs, recipe.device, directory),
@@ -111,6 +111,11 @@ def load_splits(data: Data, seed: int) -> Any:
         download=data.download,
         fractions=Fractions(validation=data.validation_fraction, architecture=data.architecture_fraction),
     )
+
+
+def arrange_in_memory(network: Any, device: Device) -> None:
+    """Lay out the weights as the recipe says; images follow at the first convolution."""
+    network.to(memory_format=getattr(torch, device.memory_format))
 
 
 def make_loader(images: LabelledImages, data: Data, *, training: bool = False) -> Any:

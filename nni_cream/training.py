@@ -12,6 +12,7 @@ from nni.nas.evaluator.pytorch import LightningModule
 from timm.optim._optim_factory import create_optimizer_v2
 from timm.scheduler.scheduler_factory import create_scheduler_v2
 from torch import Tensor
+from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
 
@@ -37,6 +38,7 @@ class ImageClassifier(LightningModule):
         self.optimizer_arguments = dict(optimizer)
         self.schedule_arguments = dict(schedule)
         self.label_smoothing = label_smoothing
+        self.train_loss = MeanMetric()
         self.top1 = MulticlassAccuracy(num_classes, average="micro")
         self.top5 = MulticlassAccuracy(num_classes, average="micro", top_k=min(5, num_classes))
 
@@ -49,8 +51,13 @@ class ImageClassifier(LightningModule):
         """Return the loss of one batch."""
         images, targets = batch
         loss = F.cross_entropy(self(images), targets, label_smoothing=self.label_smoothing)
+        self.train_loss.update(loss.detach())
         self.log("train_loss", loss.detach(), prog_bar=True)
         return loss
+
+    def on_train_epoch_start(self) -> None:
+        """Begin a new average."""
+        self.train_loss.reset()
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         """Measure one batch."""
@@ -73,9 +80,16 @@ class ImageClassifier(LightningModule):
         """Report the epoch to NNI."""
         if self.trainer.sanity_checking or not self.trainer.is_global_zero:
             return
-        metrics = {name: value.item() for name, value in self.trainer.callback_metrics.items()}
+        measured = {
+            name: value.item() for name, value in self.trainer.callback_metrics.items() if name.startswith("val_")
+        }
         nni.report_intermediate_result(
-            {"default": metrics["val_accuracy"], "epoch": self.trainer.current_epoch + 1, **metrics}
+            {
+                "default": measured["val_accuracy"],
+                "epoch": self.trainer.current_epoch + 1,
+                "train_loss": self.train_loss.compute().item(),
+                **measured,
+            }
         )
 
     def configure_optimizers(self) -> Any:

@@ -12,7 +12,8 @@ import sys
 from pathlib import Path
 
 # NNI copies this tree to machines on which only its dependencies are installed.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
 
 from nni_cream.cli import make_parser, overrides_of, run
 from nni_cream.recipe import CreamRecipe, load_recipe, to_yaml
@@ -21,7 +22,7 @@ from nni_cream.runs import RunDirectory
 
 def main() -> None:
     """Read the settings and run the search."""
-    arguments = make_parser(__doc__, "experiments/recipes/cream_mnist5k.yml").parse_args()
+    arguments = make_parser(__doc__, ROOT / "experiments/recipes/cream_mnist5k.yml").parse_args()
     recipe = load_recipe(CreamRecipe, arguments.recipe, overrides_of(arguments))
     directory = RunDirectory.for_run(recipe.name, arguments.output)
     directory.begin(to_yaml(recipe), recipe.seed)

@@ -1,0 +1,156 @@
+"""Run an NNI experiment from its YAML to its result, as ``make search`` does.
+
+    python -m nni_cream.experiment experiments/cream.yml
+
+``nnictl create`` starts an experiment and returns. This waits for it: it prints the address of the web UI and every
+epoch of every trial, in the end the best result, and it exits with 1 if no trial succeeded, which NNI itself calls
+``DONE``. The experiment is stopped in the end; ``nnictl view`` opens its pages again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from nni.experiment import Experiment
+from requests import RequestException
+
+from nni_cream.cli import run
+from nni_cream.errors import UserError
+from nni_cream.runs import describe
+
+_FIRST_PORT = 8080
+_POLL_SECONDS = 2.0
+_ENDED = {"SUCCEEDED", "FAILED", "USER_CANCELED", "SYS_CANCELED", "EARLY_STOPPED"}
+_LOG_LINES = 20
+
+
+def main() -> None:
+    """Start the experiment, follow it, and print its result."""
+    parser = argparse.ArgumentParser(description="Run an NNI experiment and wait for its result.")
+    parser.add_argument("config", type=Path, help="experiment YAML, such as experiments/cream.yml")
+    parser.add_argument("--port", type=int, help=f"of the web UI (default: the first free one from {_FIRST_PORT})")
+    arguments = parser.parse_args()
+    if not arguments.config.is_file():
+        raise UserError(f"There is no experiment {arguments.config}; those shipped are in experiments/.")
+    # Trials say `python`; without this they would not find the interpreter of an environment that is not activated.
+    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    port = arguments.port or _free_port()
+    with _started(arguments.config, port) as identity:
+        print(f"web UI:    http://127.0.0.1:{port}  (experiment {identity})", flush=True)
+        succeeded = _follow(Experiment.connect(port))
+    print(f"To look at the web UI again: nnictl view {identity}")
+    if not succeeded:
+        sys.exit(1)
+
+
+@contextmanager
+def _started(config: Path, port: int) -> Iterator[str]:
+    """Start the experiment, give its id, and stop it in any case."""
+    command = [sys.executable, "-m", "nni.tools.nnictl.nnictl", "create", "--config", str(config), "--port", str(port)]
+    created = subprocess.run(command, capture_output=True, text=True, check=False)
+    output = re.sub(r"\x1b\[[0-9;]*m", "", created.stdout)
+    found = re.search(r"Experiment ID: (\S+)", output)
+    if created.returncode != 0 or found is None:
+        lines = [line for line in (output + created.stderr).splitlines() if "ERROR" in line or "Error" in line]
+        raise UserError(f"nnictl cannot start {config}: {lines[-1].strip() if lines else output.strip()}")
+    identity = found.group(1)
+    try:
+        yield identity
+    finally:
+        stop = [sys.executable, "-m", "nni.tools.nnictl.nnictl", "stop", identity]
+        subprocess.run(stop, capture_output=True, check=False)
+
+
+def _follow(experiment: Experiment) -> bool:
+    """Print what trials report until the experiment has ended; tell whether one of them succeeded."""
+    shown: set[tuple[str, int]] = set()
+    while True:
+        try:
+            # The status comes first: when it says that all is done, no metric can be missing from what follows it.
+            status = experiment.get_status()
+            trials = experiment.list_trial_jobs()
+            metrics = experiment.get_job_metrics()
+        except RequestException as error:
+            print(f"error: NNI's manager does not answer any more: {error}", file=sys.stderr)
+            return False
+        for trial, reports in metrics.items():
+            for report in reports:
+                if report.type == "PERIODICAL" and (trial, report.sequence) not in shown:
+                    shown.add((trial, report.sequence))
+                    _print_epoch(trial, report.data)
+        if status in {"DONE", "ERROR", "STOPPED"} and all(trial.status in _ENDED for trial in trials):
+            return _conclude(trials, metrics)
+        time.sleep(_POLL_SECONDS)
+
+
+def _print_epoch(trial: str, data: Any) -> None:
+    text = describe({k: v for k, v in data.items() if k != "default"}) if isinstance(data, dict) else data
+    print(f"trial {trial}: {text}", flush=True)
+
+
+def _conclude(trials: list[Any], metrics: dict[str, list[Any]]) -> bool:
+    """Print the best trial's result, and the end of the log of those that failed."""
+    results = {}
+    for trial in trials:
+        finals = [report for report in metrics.get(trial.trialJobId, []) if report.type == "FINAL"]
+        if trial.status == "SUCCEEDED" and finals:
+            results[trial.trialJobId] = finals[-1].data
+        else:
+            print(f"trial {trial.trialJobId} ended as {trial.status}; its folder is {trial.logPath}", file=sys.stderr)
+            _print_log(Path(trial.logPath))
+    if not results:
+        print("error: no trial succeeded.", file=sys.stderr)
+        return False
+
+    def score(trial: str) -> float:
+        value = results[trial]
+        return float(value["default"] if isinstance(value, dict) else value)
+
+    best = max(results, key=score)
+    value = results[best]
+    print(f"best of {len(results)} finished trials: {best}")
+    if isinstance(value, dict):
+        for name, unit in (("path", ""), ("flops", " multiply-accumulates"), ("params", " parameters")):
+            if name in value:
+                number = value[name]
+                text = f"{number:,}" if isinstance(number, int) else number
+                print(f"{name + ':':<10} {text}{unit}")
+    print(f"accuracy:  {score(best):.4f} with shared weights, on held-out images")
+    folder = next(trial.logPath for trial in trials if trial.trialJobId == best)
+    print(f"folder:    {folder}", flush=True)
+    return True
+
+
+def _print_log(folder: Path) -> None:
+    for name in ("trial.stderr", "trial.log"):
+        file = folder / name
+        if file.is_file():
+            for line in file.read_text(encoding="utf-8", errors="replace").splitlines()[-_LOG_LINES:]:
+                print(f"    {line}", file=sys.stderr)
+
+
+def _free_port() -> int:
+    """Return the first port from the usual one on which nobody listens; NNI takes the one after it as well."""
+    for port in range(_FIRST_PORT, _FIRST_PORT + 200, 2):
+        with socket.socket() as first, socket.socket() as second:
+            try:
+                first.bind(("127.0.0.1", port))
+                second.bind(("127.0.0.1", port + 1))
+            except OSError:
+                continue
+            return port
+    raise UserError(f"All ports from {_FIRST_PORT} are taken; give a free one with --port.")
+
+
+if __name__ == "__main__":
+    run(main)

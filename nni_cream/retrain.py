@@ -1,0 +1,127 @@
+"""Training of one network, found or published, as its trial runs it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytorch_lightning as pl
+import timm
+from safetensors.torch import save_file
+from torch import nn
+
+from nni_cream.child import Child, load_weights
+from nni_cream.cost import measure_network
+from nni_cream.errors import UserError
+from nni_cream.recipe import RetrainRecipe
+from nni_cream.reporting import Reporter, on_terminal
+from nni_cream.runs import RunDirectory, read_json, write_atomically, write_json
+from nni_cream.search import arrange_in_memory, load_splits, make_loader, make_trainer
+from nni_cream.training import ImageClassifier
+
+PUBLISHED_FALLBACK = "cream_14"
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """What is trained: a child file, or where there is none the published network of that name."""
+
+    file: Path | None
+    name: str = PUBLISHED_FALLBACK
+
+    def load(self) -> Child | None:
+        """Read the child file.
+
+        Raises:
+            UserError: if it is not one.
+        """
+        return None if self.file is None else Child.load(self.file)
+
+
+def retrain(recipe: RetrainRecipe, candidate: Candidate, directory: RunDirectory) -> float:
+    """Train, test, and write the trained network into ``directory``.
+
+    Returns:
+        The accuracy on the test part, which neither the search nor this training has seen, in [0, 1].
+
+    Raises:
+        UserError: if inherited weights are asked for and there are none that fit.
+    """
+    result_file = directory.path / "result.json"
+    if result_file.exists():
+        print(f"{directory.path} holds a training that has ended; choose another folder with --name for a new one.")
+        return print_result(read_json(result_file, "result of a training"))
+
+    child = candidate.load()
+    data = recipe.data.completed(child.data if child else {})
+    pl.seed_everything(recipe.seed, verbose=False)
+    splits = load_splits(data, recipe.seed)
+    if child is None:
+        network = timm.create_model(candidate.name, num_classes=splits.num_classes, drop_rate=recipe.drop_rate)
+    else:
+        network = child.build(num_classes=splits.num_classes, drop_rate=recipe.drop_rate)
+    if recipe.inherit_weights:
+        _inherit(network, candidate.file, child, splits.num_classes)
+    cost = measure_network(network, data.resolution)
+    arrange_in_memory(network, recipe.device)
+
+    module = ImageClassifier(
+        splits.num_classes,
+        recipe.optimizer.timm_arguments(),
+        recipe.schedule.timm_arguments(),
+        recipe.label_smoothing,
+    )
+    module.set_model(network)
+    reporter = Reporter(directory.path, quiet=on_terminal())
+    reporter.install()
+    trainer = make_trainer(recipe.epochs, recipe.device, directory)
+    training, validation = splits.retraining_parts()
+    trainer.fit(
+        module,
+        make_loader(training, data, training=True),
+        make_loader(validation, data),
+        ckpt_path=directory.checkpoint if directory.checkpoint.exists() else None,
+    )
+    val_accuracy = trainer.callback_metrics["val_accuracy"].item()
+    (tested,) = trainer.test(module, make_loader(splits.test, data), verbose=False)
+
+    result = {
+        "network": str(child.path) if child else candidate.name,
+        "test_accuracy": tested["test_accuracy"],
+        "test_top5": tested["test_top5"],
+        "val_accuracy": val_accuracy,
+        "flops": cost.macs,
+        "params": cost.params,
+        "data": data.model_dump(mode="json"),
+        "folder": str(directory.path.resolve()),
+    }
+    weights = {name: tensor.contiguous() for name, tensor in network.state_dict().items()}
+    notes = {"architecture": result["network"], "num_classes": str(splits.num_classes)}
+    write_atomically(
+        directory.path / "model.safetensors", lambda temporary: save_file(weights, temporary, metadata=notes)
+    )
+    write_json(result_file, result)
+    # A tuner may steer by the validation part; the test part is for people.
+    reporter.final({"default": val_accuracy, **{key: result[key] for key in ("test_accuracy", "flops", "params")}})
+    return print_result(result)
+
+
+def print_result(result: dict[str, object]) -> float:
+    """Tell a person how good the network is, and return its test accuracy."""
+    accuracy = result["test_accuracy"]
+    assert isinstance(accuracy, float)
+    print(f"network: {result['network']}")
+    print(f"folder: {result['folder']}")
+    print(f"test accuracy: {accuracy:.4f}", flush=True)
+    return accuracy
+
+
+def _inherit(network: nn.Module, file: Path | None, child: Child | None, num_classes: int) -> None:
+    if file is None or child is None:
+        raise UserError("inherit_weights is on, but a published network has no weights to inherit; give a --child.")
+    if child.num_classes != num_classes:
+        raise UserError(
+            f"inherit_weights is on, but {file} was searched with {child.num_classes} classes and the data has "
+            f"{num_classes}."
+        )
+    load_weights(network, file)

@@ -1,0 +1,125 @@
+"""The real ``nnictl create`` on a tiny recipe, read back through NNI's REST interface."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import requests
+import yaml
+from nni.experiment.config import ExperimentConfig
+
+from nni_cream.architecture import CreamPath
+from nni_cream.experiment import _free_port
+
+NNICTL = [sys.executable, "-m", "nni.tools.nnictl.nnictl"]
+TIMEOUT = 300
+
+
+@pytest.fixture
+def tiny(repository: Path, tmp_path: Path) -> Path:
+    """The tiny experiment, with its runs in a folder of the test's own."""
+    config = yaml.safe_load((repository / "tests/experiments/tiny.yml").read_text())
+    config |= {"trialCodeDirectory": str(repository), "experimentWorkingDirectory": str(tmp_path / "runs")}
+    config["trialCommand"] = config["trialCommand"].replace("python", sys.executable, 1)
+    file = tmp_path / "tiny.yml"
+    file.write_text(yaml.safe_dump(config))
+    return file
+
+
+@pytest.fixture
+def experiment(tiny: Path) -> Iterator[str]:
+    """A running experiment; gives the address of its REST interface."""
+    port = _free_port()
+    created = subprocess.run(
+        [*NNICTL, "create", "--config", str(tiny), "--port", str(port)], capture_output=True, text=True, check=True
+    )
+    found = re.search(r"Experiment ID: (?:\x1b\[\d+m)?(\w+)", created.stdout)
+    assert found is not None, created.stdout
+    yield f"http://127.0.0.1:{port}/api/v1/nni"
+    subprocess.run([*NNICTL, "stop", found.group(1)], capture_output=True, check=True)
+
+
+@pytest.mark.parametrize("name", ["cream.yml"])
+def test_shipped_experiments_are_valid_for_nni(repository: Path, name: str) -> None:
+    config = ExperimentConfig.load(repository / "experiments" / name)
+    config.validate()
+    assert config.trial_gpu_number == 0
+    script, recipe = re.findall(r"\S+\.(?:py|yml)", config.trial_command)
+    assert (repository / script).is_file()
+    assert (repository / recipe).is_file()
+    text = (repository / "experiments" / name).read_text()
+    assert text.startswith(f"# nnictl create --config experiments/{name}\n")
+
+
+@pytest.mark.slow
+def test_nnictl_create_runs_a_search_that_reports_to_nni(experiment: str) -> None:
+    deadline = time.monotonic() + TIMEOUT
+    while requests.get(f"{experiment}/check-status", timeout=20).json()["status"] != "DONE":
+        assert time.monotonic() < deadline
+        time.sleep(1)
+    (trial,) = requests.get(f"{experiment}/trial-jobs", timeout=20).json()
+    folder = Path(trial["logPath"])
+    assert trial["status"] == "SUCCEEDED", (folder / "trial.stderr").read_text()
+
+    reports = requests.get(f"{experiment}/metric-data", timeout=20).json()
+
+    def values(kind: str) -> list[dict[str, Any]]:
+        chosen = sorted((r for r in reports if r["type"] == kind), key=lambda r: r["sequence"])
+        return [json.loads(json.loads(r["data"])) for r in chosen]
+
+    curve = values("PERIODICAL")
+    assert [point["epoch"] for point in curve] == [1, 2]
+    assert all(0 <= point["default"] <= 1 for point in curve)
+    (final,) = values("FINAL")
+    child = json.loads((folder / "child.json").read_text())
+    assert CreamPath.parse(final["path"]).to_lists() == child["path"]
+    assert (final["default"], final["flops"], final["params"]) == (child["accuracy"], child["flops"], child["params"])
+    assert (folder / "child.safetensors").is_file()
+    # The tuner's value arrived: it is not the recipe's.
+    assert yaml.safe_load((folder / "recipe.yml").read_text())["optimizer"]["lr"] == 0.05
+
+
+@pytest.mark.slow
+def test_the_runner_prints_the_result_and_ends_with_0(tiny: Path) -> None:
+    result = run_experiment(tiny)
+    assert result.returncode == 0, result.stderr
+    for word in ("web UI:", "epoch 2,", "path:", "flops:", "params:", "accuracy:", "folder:"):
+        assert word in result.stdout
+    match = re.search(r"^folder: +(.+)$", result.stdout, re.MULTILINE)
+    assert match is not None
+    assert (Path(match.group(1)) / "child.json").is_file()
+
+
+@pytest.mark.slow
+def test_the_runner_fails_when_no_trial_succeeds(tiny: Path) -> None:
+    tiny.write_text(tiny.read_text().replace("optimizer.lr", "optimizer.learning_rate"))
+    result = run_experiment(tiny)
+    assert result.returncode == 1
+    assert "no trial succeeded" in result.stderr
+    # What the trial said is shown: the tuner's keys are checked like any other setting.
+    assert "'optimizer.learning_rate' is not a setting; did you mean 'optimizer." in result.stderr
+
+
+def test_the_runner_says_what_is_wrong_with_the_yaml(tiny: Path) -> None:
+    tiny.write_text(tiny.read_text() + "noSuchField: 1\n")
+    result = run_experiment(tiny)
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: nnictl cannot start")
+    assert "nosuchfield" in result.stderr  # NNI has lowered it
+    assert "Traceback" not in result.stderr
+
+
+def run_experiment(config: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "nni_cream.experiment", str(config)]
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=TIMEOUT, check=False, env={**os.environ, "PYTHONWARNINGS": ""}
+    )

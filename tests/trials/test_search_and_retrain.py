@@ -1,0 +1,138 @@
+"""The two command lines without NNI, as a user starts them, on a tiny recipe."""
+
+from __future__ import annotations
+
+import csv
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+pytestmark = pytest.mark.slow
+
+TIMEOUT = 300
+
+
+def command(repository: Path, trial: str, *arguments: str) -> list[str]:
+    return [sys.executable, str(repository / "trials" / trial), *arguments]
+
+
+def search(repository: Path, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    recipe = repository / "tests/experiments/tiny_recipe.yml"
+    full = command(repository, "search_cream.py", "--recipe", str(recipe), *arguments)
+    return subprocess.run(full, cwd=folder, capture_output=True, text=True, timeout=TIMEOUT, check=False)
+
+
+@pytest.fixture(scope="module")
+def searched(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("searched")
+    result = search(repository, folder)
+    assert result.returncode == 0, result.stderr
+    assert "FLOPs:" in result.stdout
+    return folder
+
+
+def epochs(file: Path) -> list[int]:
+    with file.open(encoding="utf-8") as lines:
+        return [int(row["epoch"]) for row in csv.DictReader(lines)]
+
+
+def test_a_search_leaves_everything_in_its_run_directory(searched: Path) -> None:
+    run = searched / "runs" / "tiny"
+    child = json.loads((run / "child.json").read_text())
+    assert 2_000_000 <= child["flops"] <= 3_000_000
+    assert child["path"][0] == child["path"][-1] == [0]
+    assert len(child["runners_up"]) == 2
+    # The inherited weights are those of the path, and nothing else of the supernet.
+    weights = load_file(run / "child.safetensors")
+    learned = sum(tensor.numel() for name, tensor in weights.items() if "running" not in name and "num_b" not in name)
+    assert learned == child["params"]
+    assert epochs(run / "metrics.csv") == [1, 2]
+    assert json.loads((run / "environment.json").read_text())["versions"]["nni"] == "3.0"
+    assert list((run / "tensorboard").glob("events.out.tfevents.*"))
+    assert (run / "checkpoints" / "last.ckpt").exists()
+    assert "board_size: 3" in (run / "recipe.yml").read_text()
+
+
+def test_the_same_command_again_shows_the_result_and_another_recipe_is_refused(
+    repository: Path, searched: Path
+) -> None:
+    before = (searched / "runs/tiny/child.json").read_bytes()
+    again = search(repository, searched)
+    assert again.returncode == 0
+    assert "has ended" in again.stdout
+    other = search(repository, searched, "--set", "seed=7")
+    assert other.returncode == 2
+    assert other.stderr.startswith("error: ")
+    assert "--name" in other.stderr
+    assert (searched / "runs/tiny/child.json").read_bytes() == before
+
+
+def test_the_same_seed_finds_the_same_weights(repository: Path, searched: Path) -> None:
+    result = search(repository, searched, "--output", str(searched / "again"))
+    assert result.returncode == 0, result.stderr
+    assert (searched / "again/child.json").read_text() == (searched / "runs/tiny/child.json").read_text()
+    first = load_file(searched / "runs/tiny/child.safetensors")
+    second = load_file(searched / "again/child.safetensors")
+    assert all(tensor.equal(second[name]) for name, tensor in first.items())
+
+
+def test_a_killed_search_goes_on_where_it_was(repository: Path, tmp_path: Path) -> None:
+    recipe = repository / "tests/experiments/tiny_recipe.yml"
+    full = command(repository, "search_cream.py", "--recipe", str(recipe), "--set", "epochs=4")
+    with subprocess.Popen(full, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith("epoch 3"):
+                process.send_signal(signal.SIGKILL)
+                break
+    metrics = tmp_path / "runs/tiny/metrics.csv"
+    assert epochs(metrics) == [1, 2, 3]
+    result = search(repository, tmp_path, "--set", "epochs=4")
+    assert result.returncode == 0, result.stderr
+    # Epoch 3 was reported before its checkpoint was complete, so it may have been run again; 1 and 2 were not.
+    continued = epochs(metrics)
+    assert continued[:3] == [1, 2, 3]
+    assert continued[3:] in ([4], [3, 4])
+    assert "epoch 1," not in result.stdout
+    assert (tmp_path / "runs/tiny/child.json").exists()
+
+
+@pytest.mark.parametrize("inherit", ["false", "true"])
+def test_retraining_takes_the_newest_search(repository: Path, searched: Path, inherit: str) -> None:
+    recipe = searched / "retrain.yml"
+    recipe.write_text(f"name: again\nepochs: 2\ninherit_weights: {inherit}\noptimizer: {{lr: 0.02}}\n")
+    name = f"retrained-{inherit}"
+    full = command(repository, "retrain_child.py", "--recipe", str(recipe), "--name", name)
+    result = subprocess.run(full, cwd=searched, capture_output=True, text=True, timeout=TIMEOUT, check=False)
+    assert result.returncode == 0, result.stderr
+    run = searched / "runs" / name
+    stored = json.loads((run / "result.json").read_text())
+    child = json.loads((searched / "runs/tiny/child.json").read_text())
+    assert stored["network"] == str(child["path"])
+    assert stored["data"]["name"] == "digits"
+    assert (stored["flops"], stored["params"]) == (child["flops"], child["params"])
+    assert result.stdout.splitlines()[-1] == f"test accuracy: {stored['test_accuracy']:.4f}"
+    assert load_file(run / "model.safetensors").keys() == load_file(searched / "runs/tiny/child.safetensors").keys()
+
+
+def test_retraining_without_a_search_says_so_and_trains_the_published_network(repository: Path, tmp_path: Path) -> None:
+    full = command(repository, "retrain_child.py", "--set", "epochs=1", "--set", "data.name=digits")
+    full += ["--set", "schedule.warmup_epochs=0"]
+    result = subprocess.run(full, cwd=tmp_path, capture_output=True, text=True, timeout=TIMEOUT, check=False)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith("No search has run yet")
+    assert json.loads((tmp_path / "runs/retrain-cream_14/result.json").read_text())["network"] == "cream_14"
+
+
+def test_retraining_refuses_what_is_not_there(repository: Path, tmp_path: Path) -> None:
+    for extra in (["--child", "nowhere.json"], ["--set", "inherit_weights=true"]):
+        full = command(repository, "retrain_child.py", "--set", "data.name=digits", *extra)
+        result = subprocess.run(full, cwd=tmp_path, capture_output=True, text=True, timeout=TIMEOUT, check=False)
+        assert result.returncode == 2
+        assert result.stderr.splitlines()[-1].startswith("error: ")
+        assert "Traceback" not in result.stderr

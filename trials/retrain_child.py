@@ -1,0 +1,48 @@
+"""Train the network that a search found, and report its accuracy on the test part.
+
+    python trials/retrain_child.py                       # the child of the newest search
+    python trials/retrain_child.py --child runs/cream_mnist5k/child.json
+
+Where no search has run yet, the published 14 M network is trained instead.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+# NNI copies this tree to machines on which only its dependencies are installed.
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from nni_cream.cli import make_parser, overrides_of, run
+from nni_cream.errors import UserError
+from nni_cream.recipe import RetrainRecipe, load_recipe, to_yaml
+from nni_cream.runs import RunDirectory, newest_search
+
+
+def main() -> None:
+    """Read the settings and train."""
+    parser = make_parser(__doc__, ROOT / "experiments/recipes/retrain_mnist5k.yml")
+    parser.add_argument("--child", type=Path, help="child.json of a search (default: the newest below runs/)")
+    arguments = parser.parse_args()
+    file = arguments.child or newest_search()
+    if file is None:
+        print("No search has run yet (there is no child.json below runs/): training the published cream_14 instead.")
+    elif not file.exists():
+        raise UserError(f"There is no child {file}; a search writes child.json into its run directory.")
+    else:
+        print(f"Training the child of {file}.")
+    overrides = overrides_of(arguments)
+    overrides.setdefault("name", f"retrain-{file.resolve().parent.name}" if file else "retrain-cream_14")
+    recipe = load_recipe(RetrainRecipe, arguments.recipe, overrides)
+    directory = RunDirectory.for_run(recipe.name, arguments.output)
+    directory.begin(to_yaml(recipe), recipe.seed)
+
+    from nni_cream.retrain import Candidate, retrain
+
+    retrain(recipe, Candidate(file), directory)
+
+
+if __name__ == "__main__":
+    run(main)
