@@ -22,6 +22,13 @@ setup(
     license="MIT",
     packages=find_packages(include=["nni_cream*", "search_spaces*"]),
     package_data={"nni_cream": ["py.typed"], "search_spaces": ["py.typed"]},
+    classifiers=[
+        "Programming Language :: Python :: 3.10",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Operating System :: POSIX :: Linux",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
     python_requires=">=3.10,<3.13",
     install_requires=[
         "nni==3.0",

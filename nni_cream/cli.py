@@ -16,9 +16,7 @@ from nni_cream.recipe import parse_override
 def make_parser(description: str | None, recipe: Path) -> argparse.ArgumentParser:
     """Return a parser with the options that every trial has."""
     parser = argparse.ArgumentParser(description=(description or "").partition("\n")[0])
-    parser.add_argument(
-        "--recipe", type=Path, default=recipe, help="settings, a YAML file (default: %(default)s)"
-    )
+    parser.add_argument("--recipe", type=Path, default=recipe, help="settings, a YAML file (default: %(default)s)")
     parser.add_argument(
         "--set",
         dest="overrides",
@@ -63,5 +61,7 @@ def run(main: Callable[[], None]) -> None:
     try:
         main()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        # A DataLoader worker wraps its error in a traceback, the sentence coming last.
+        sentence = str(error).rpartition(f"{UserError.__module__}.{UserError.__qualname__}: ")[2].strip()
+        print(f"error: {sentence}", file=sys.stderr)
         sys.exit(2)

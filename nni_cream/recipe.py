@@ -6,7 +6,6 @@ Nothing heavy is imported here, so that a wrong setting is named at once.
 from __future__ import annotations
 
 import difflib
-import typing
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -367,4 +366,5 @@ def _sentence(error: ValidationError, kind: type[BaseModel]) -> str:
 
 def to_yaml(recipe: Recipe) -> str:
     """Write a recipe as YAML, with every setting in it."""
-    return typing.cast(str, yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
+    text: str = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
+    return text

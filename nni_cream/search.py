@@ -15,7 +15,7 @@ from pytorch_lightning.loggers import TensorBoardLogger
 
 from nni_cream.architecture import CreamPath
 from nni_cream.child import Child
-from nni_cream.data import LabelledImages, load_data
+from nni_cream.data import DataSplits, LabelledImages, load_data
 from nni_cream.data_names import Augmentation, Fractions
 from nni_cream.recipe import CreamRecipe, Data, Device
 from nni_cream.reporting import Reporter, on_terminal
@@ -100,9 +100,9 @@ def print_child(child: Child, directory: RunDirectory) -> None:
     print(f"folder:    {directory.path.resolve()}", flush=True)
 
 
-def load_splits(data: Data, seed: int) -> Any:
-    """Load the data set of a recipe."""
-    return load_data(
+def load_splits(data: Data, seed: int) -> DataSplits:
+    """Load the data set of a recipe, and name its licence if its package does."""
+    splits = load_data(
         data.name,
         folder=data.folder,
         resolution=data.resolution,
@@ -111,6 +111,9 @@ def load_splits(data: Data, seed: int) -> Any:
         download=data.download,
         fractions=Fractions(validation=data.validation_fraction, architecture=data.architecture_fraction),
     )
+    if splits.licence is not None:
+        print(f"{data.name}: {splits.licence}")
+    return splits
 
 
 def arrange_in_memory(network: Any, device: Device) -> None:
