@@ -11,7 +11,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 .PHONY: search test test-fast check clean
 
 search: $(VENV)/installed
-	$(BIN)/python -m nni_cream.experiment experiments/cream.yml
+	@$(BIN)/python -m nni_cream.experiment experiments/cream.yml
 
 test: $(VENV)/installed-dev
 	$(BIN)/python -m pytest
@@ -28,11 +28,12 @@ clean:
 	rm -rf $(VENV)
 
 $(VENV)/installed: setup.py constraints.txt
-	$(PYTHON) -m venv $(VENV)
+	@$(PYTHON) -m venv $(VENV)
 	@echo "installing the pinned dependencies into $(VENV) ..."
-	$(PIP_INSTALL) --editable .
-	touch $@
+	@$(PIP_INSTALL) --editable .
+	@touch $@
 
 $(VENV)/installed-dev: $(VENV)/installed
-	$(PIP_INSTALL) --editable ".[dev,elpv]"
-	touch $@
+	@echo "installing what the tests need ..."
+	@$(PIP_INSTALL) --editable ".[dev,elpv]"
+	@touch $@

@@ -13,7 +13,7 @@ from nni_cream import compat
 __version__ = "0.1.0"
 
 compat.install()
-wrapt.register_post_import_hook("nni_cream.strategies:register", "nni.nas.strategy")
-wrapt.register_post_import_hook("nni_cream.models:register", "timm.models")
+wrapt.register_post_import_hook("nni_cream._registration:offer_strategies", "nni.nas.strategy")
+wrapt.register_post_import_hook("nni_cream._registration:offer_networks", "timm.models")
 
 __all__ = ["__version__"]

@@ -39,13 +39,14 @@ def measure(module: nn.Module, *inputs: Tensor) -> Cost:
 
     Modules and inputs may lie on the ``meta`` device, where counting computes nothing.
     """
-    was_training = module.training
+    modes = [(part, part.training) for part in module.modules()]
     module.eval()
     try:
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             module(*inputs)
     finally:
-        module.train(was_training)
+        for part, training in modes:
+            part.training = training
     return Cost(counter.get_total_flops() // 2, sum(p.numel() for p in module.parameters()))
 
 

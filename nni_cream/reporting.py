@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
 import sys
@@ -18,7 +19,7 @@ from nni.runtime.trial_command_channel import (
 )
 from nni.typehint import TrialMetric
 
-from nni_cream.runs import describe
+from nni_cream.runs import describe, write_text
 
 
 class Reporter(TrialCommandChannel):
@@ -90,12 +91,18 @@ class Reporter(TrialCommandChannel):
             )
 
     def _write_line(self, metrics: dict[str, Any]) -> None:
-        new = not self._file.exists()
-        with self._file.open("a", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            if new:
-                writer.writerow(metrics)
-            writer.writerow(json.dumps(v) if isinstance(v, list | dict) else v for v in metrics.values())
+        """Add the epoch to the table; one that is run again after an interruption replaces its first try."""
+        rows: list[dict[str, Any]] = []
+        if self._file.exists():
+            with self._file.open(newline="", encoding="utf-8") as file:
+                rows = [row for row in csv.DictReader(file) if int(row["epoch"]) < metrics["epoch"]]
+        rows.append({name: json.dumps(v) if isinstance(v, list | dict) else v for name, v in metrics.items()})
+        columns = list(dict.fromkeys(name for row in rows for name in row))
+        table = io.StringIO()
+        writer = csv.DictWriter(table, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        write_text(self._file, table.getvalue())
 
 
 def on_terminal() -> bool:

@@ -13,7 +13,7 @@ from torch import nn
 from nni_cream.child import Child, load_weights
 from nni_cream.cost import measure_network
 from nni_cream.errors import UserError
-from nni_cream.recipe import RetrainRecipe
+from nni_cream.recipe import RetrainRecipe, to_yaml
 from nni_cream.reporting import Reporter, on_terminal
 from nni_cream.runs import RunDirectory, read_json, write_atomically, write_json
 from nni_cream.search import arrange_in_memory, load_splits, make_loader, make_trainer
@@ -72,6 +72,8 @@ def retrain(recipe: RetrainRecipe, candidate: Candidate, directory: RunDirectory
         recipe.label_smoothing,
     )
     module.set_model(network)
+    # Everything has been checked by now: a start that fails must not claim the folder.
+    directory.begin(to_yaml(recipe), recipe.seed)
     reporter = Reporter(directory.path, quiet=on_terminal())
     reporter.install()
     trainer = make_trainer(recipe.epochs, recipe.device, directory)

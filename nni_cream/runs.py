@@ -88,24 +88,35 @@ class RunDirectory:
         """The newest checkpoint, whether or not it exists yet."""
         return self.path / "checkpoints" / "last.ckpt"
 
-    def begin(self, recipe: str, seed: int) -> None:
-        """Record what is about to run.
+    def refuse_another(self, recipe: str) -> None:
+        """Make sure that the folder is new or holds a run of this very recipe; write nothing.
 
         Raises:
-            UserError: if the folder holds a run of another recipe, or cannot be written.
+            UserError: if it holds a run of another recipe, or cannot be read.
         """
         file = self.path / "recipe.yml"
         try:
-            if file.exists():
-                if file.read_bytes() != recipe.encode():
-                    raise UserError(
-                        f"{self.path} holds a run of another recipe (see {file}); choose another folder with "
-                        "--name, or remove it."
-                    )
-                return
-            write_json(self.path / "environment.json", {"seed": seed, **describe_environment()})
-            # Last, because a folder with a recipe counts as begun.
-            write_text(file, recipe)
+            if file.exists() and file.read_bytes() != recipe.encode():
+                raise UserError(
+                    f"{self.path} holds a run of another recipe (see {file}); choose another folder with --name, or "
+                    "remove it."
+                )
+        except OSError as error:
+            raise UserError(f"The run directory {self.path} cannot be read: {error.strerror}.") from None
+
+    def begin(self, recipe: str, seed: int) -> None:
+        """Record what is about to run; a run that goes on has been recorded already.
+
+        Raises:
+            UserError: as :meth:`refuse_another`, and if the folder cannot be written.
+        """
+        self.refuse_another(recipe)
+        file = self.path / "recipe.yml"
+        try:
+            if not file.exists():
+                write_json(self.path / "environment.json", {"seed": seed, **describe_environment()})
+                # Last, because a folder with a recipe counts as begun.
+                write_text(file, recipe)
         except OSError as error:
             raise UserError(f"The run directory {self.path} cannot be written: {error.strerror}.") from None
 

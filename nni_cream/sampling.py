@@ -54,7 +54,7 @@ class PathSampler:
         self._steps = [(options - options.min()) // self._unit for options in self._costs]
         # Rounding down loses less than one unit per choice.
         self._first = max(0, int((low - cheapest) // self._unit) - len(costs))
-        self._last = min(self._cells, int((high - cheapest) // self._unit))
+        self._last = min(self._cells, int((min(high, dearest) - cheapest) // self._unit))
         self._prior: Prior | None = None
         self._reach: list[NDArray[np.float64]] = []
         even = [[1.0 / len(options)] * len(options) for options in self._costs]

@@ -17,7 +17,7 @@ from nni_cream.architecture import CreamPath
 from nni_cream.child import Child
 from nni_cream.data import DataSplits, LabelledImages, load_data
 from nni_cream.data_names import Augmentation, Fractions
-from nni_cream.recipe import CreamRecipe, Data, Device
+from nni_cream.recipe import CreamRecipe, Data, Device, to_yaml
 from nni_cream.reporting import Reporter, on_terminal
 from nni_cream.runs import RunDirectory
 from nni_cream.strategies.cream import CreamStrategy
@@ -56,6 +56,8 @@ def search_cream(recipe: CreamRecipe, directory: RunDirectory) -> Child:
         ranking_dataloader=make_loader(splits.validation, recipe.data),
     )
 
+    # Everything has been checked by now: a start that fails must not claim the folder.
+    directory.begin(to_yaml(recipe), recipe.seed)
     reporter = Reporter(directory.path, quiet=on_terminal())
 
     def forward(event: IntermediateMetricEvent) -> None:

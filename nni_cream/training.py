@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -9,11 +10,13 @@ from typing import Any
 import nni
 import torch.nn.functional as F
 from nni.nas.evaluator.pytorch import LightningModule
-from timm.optim._optim_factory import create_optimizer_v2
+from timm.optim._optim_factory import create_optimizer_v2, list_optimizers
 from timm.scheduler.scheduler_factory import create_scheduler_v2
 from torch import Tensor
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
+
+from nni_cream.errors import UserError
 
 
 class ImageClassifier(LightningModule):
@@ -25,6 +28,9 @@ class ImageClassifier(LightningModule):
         schedule: arguments of ``timm.scheduler.create_scheduler_v2``; the learning rate changes after every step, and
             the number of steps is the true one.
         label_smoothing: of the training loss.
+
+    Raises:
+        UserError: if timm has no optimizer of that name.
     """
 
     def __init__(
@@ -35,6 +41,7 @@ class ImageClassifier(LightningModule):
         label_smoothing: float = 0.0,
     ) -> None:
         super().__init__()
+        _check_optimizer(optimizer["opt"])
         self.optimizer_arguments = dict(optimizer)
         self.schedule_arguments = dict(schedule)
         self.label_smoothing = label_smoothing
@@ -108,3 +115,10 @@ class ImageClassifier(LightningModule):
     def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
         """Advance a timm schedule, which wants to be told how many batches there have been."""
         scheduler.step_update(num_updates=self.trainer.fit_loop.total_batch_idx + 1)
+
+
+def _check_optimizer(name: str) -> None:
+    known = list_optimizers()
+    if name.lower().removeprefix("lookahead_") not in known:
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0)[0]
+        raise UserError(f"timm has no optimizer {name!r} (optimizer.name); did you mean {near!r}?")

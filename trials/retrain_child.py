@@ -37,7 +37,7 @@ def main() -> None:
     overrides.setdefault("name", f"retrain-{file.resolve().parent.name}" if file else "retrain-cream_14")
     recipe = load_recipe(RetrainRecipe, arguments.recipe, overrides)
     directory = RunDirectory.for_run(recipe.name, arguments.output)
-    directory.begin(to_yaml(recipe), recipe.seed)
+    directory.refuse_another(to_yaml(recipe))
 
     from nni_cream.retrain import Candidate, retrain
 

@@ -25,7 +25,7 @@ def main() -> None:
     arguments = make_parser(__doc__, ROOT / "experiments/recipes/cream_mnist5k.yml").parse_args()
     recipe = load_recipe(CreamRecipe, arguments.recipe, overrides_of(arguments))
     directory = RunDirectory.for_run(recipe.name, arguments.output)
-    directory.begin(to_yaml(recipe), recipe.seed)
+    directory.refuse_another(to_yaml(recipe))
 
     from nni_cream.search import search_cream
 

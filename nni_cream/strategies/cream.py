@@ -7,6 +7,7 @@ lists each case.
 
 from __future__ import annotations
 
+import copy
 import itertools
 import logging
 from collections.abc import Iterator, Sequence
@@ -185,6 +186,11 @@ class CreamLightningModule(BaseOneShotLightningModule):
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """Train one path for one batch."""
         images, targets = batch
+        if len(images) < self.settings.board_images:
+            raise UserError(
+                f"board_images is {self.settings.board_images}, but a training batch has only {len(images)} images: "
+                "make it smaller, or the batch larger."
+            )
         path = self.paths.to_path(self.resample())
         if self.settings.teacher == "matching" and self.board.entries and self._meta_step_is_due():
             self._meta_step(path, images, targets, batch_idx)
@@ -220,11 +226,10 @@ class CreamLightningModule(BaseOneShotLightningModule):
             return None
         if self.settings.teacher == "top1":
             return Teaching(entries[0], torch.tensor(_TOP1_WEIGHT, device=self.device))
-        images = torch.stack([entry.images for entry in entries])
-        stored = torch.stack([entry.features for entry in entries])
         with torch.no_grad(), batch_statistics(self.model):
-            answers = torch.func.vmap(self.training_module, randomness="different")(images).softmax(-1)
-        logits = self.matching(answers, stored)
+            answers = torch.stack([self.training_module(entry.images).softmax(-1) for entry in entries])
+        stored = torch.stack([entry.features for entry in entries])
+        logits = self.matching(answers, stored.to(answers.dtype))
         best = int(logits.argmax())
         return Teaching(entries[best], logits[best].sigmoid())
 
@@ -280,7 +285,7 @@ class CreamLightningModule(BaseOneShotLightningModule):
         """
         typical, self._typical_accuracy = self._typical_accuracy, 0.9 * self._typical_accuracy + 0.1 * accuracy
         room = len(self.board) < self.board.capacity
-        if len(images) < self.settings.board_images or path in self.board or not (room or accuracy > typical):
+        if path in self.board or not (room or accuracy > typical):
             return
         held_out, targets = self._next_held_out()
         with torch.no_grad(), batch_statistics(self.model):
@@ -298,8 +303,14 @@ class CreamLightningModule(BaseOneShotLightningModule):
             endless = itertools.chain.from_iterable(itertools.repeat(loader))
             self._held_out = itertools.islice(endless, self._held_out_position % len(loader), None)
         self._held_out_position += 1
-        batch: tuple[Tensor, Tensor] = self.trainer.strategy.batch_to_device(next(self._held_out))
-        return batch
+        return self._moved(next(self._held_out))
+
+    def _moved(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Do with a batch what Lightning does with those of its own loops: right precision, right device."""
+        moved: tuple[Tensor, Tensor] = self.trainer.strategy.batch_to_device(
+            self.trainer.precision_plugin.convert_input(batch)
+        )
+        return moved
 
     def on_train_epoch_start(self) -> None:
         """Begin new averages."""
@@ -327,11 +338,13 @@ class CreamLightningModule(BaseOneShotLightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Give the board its new scores, and report the best accuracy."""
+        if self.trainer.sanity_checking:
+            return
         shares = [correct.item() / self._seen for correct in self._correct]
         self.board.rescore({path: 100 * share for path, share in zip(self._measured, shares, strict=True)})
         self.log("val_accuracy", max(shares), prog_bar=True)
         self.log("board_size", float(len(self.board)))
-        if self.trainer.sanity_checking or not self.trainer.is_global_zero:
+        if not self.trainer.is_global_zero:
             return
         nni.report_intermediate_result(
             {
@@ -356,7 +369,7 @@ class CreamLightningModule(BaseOneShotLightningModule):
             correct = seen = 0
             with recalibrated(self.model, self._calibration_images()), torch.no_grad():
                 for batch in self._ranking_batches:
-                    images, targets = self.trainer.strategy.batch_to_device(batch)
+                    images, targets = self._moved(batch)
                     correct += int((self.training_module(images).argmax(-1) == targets).sum())
                     seen += len(images)
             ranked.append(RankedPath(self.paths.to_sample(entry.path), correct / seen, self.cost(entry.path)))
@@ -379,14 +392,14 @@ class CreamLightningModule(BaseOneShotLightningModule):
         """Return a copy of the network of ``sample`` with its shared weights and batch-norm statistics of its own."""
         activate(self.supernet_modules(), sample)
         with recalibrated(self.model, self._calibration_images()):
-            network: nn.Module = self.model.freeze(sample)
+            # freeze() hands out the chosen candidates themselves, whose statistics are put back in a moment.
+            network: nn.Module = copy.deepcopy(self.model.freeze(sample))
         return network
 
     def _calibration_images(self) -> Iterator[Tensor]:
         batches = itertools.islice(self.trainer.train_dataloader, self.settings.recalibration_batches)
         for batch in batches:
-            images, _ = self.trainer.strategy.batch_to_device(batch)
-            yield images
+            yield self._moved(batch)[0]
 
     def export(self) -> Sample:
         """Return the best path as an NNI sample."""

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from nni.mutable import Categorical, CategoricalMultiple
-from nni.nas.nn.pytorch import ModelSpace
+from nni.nas.nn.pytorch import InputChoice, LayerChoice, ModelSpace
 from nni.nas.oneshot.pytorch.supermodule.base import BaseSuperNetModule
 
 from nni_cream.errors import UserError
@@ -26,17 +26,18 @@ class PathSpace:
 
     def __init__(self, space: ModelSpace) -> None:
         self.values: dict[str, tuple[Any, ...]] = {}
+        searched = {module.label for module in space.modules() if isinstance(module, LayerChoice | InputChoice)}
         for label, mutable in space.simplify().items():
-            if isinstance(mutable, Categorical):
+            if label in searched and isinstance(mutable, Categorical):
                 self.values[label] = tuple(mutable.values)
-            elif isinstance(mutable, CategoricalMultiple) and mutable.n_chosen is not None:
+            elif label in searched and isinstance(mutable, CategoricalMultiple) and mutable.n_chosen is not None:
                 self.values[label] = tuple(
                     list(chosen) for chosen in itertools.combinations(mutable.values, mutable.n_chosen)
                 )
             else:
                 raise UserError(
-                    f"The choice {label!r} is a {type(mutable).__name__}; CreamStrategy searches LayerChoice, and "
-                    "InputChoice with n_chosen given."
+                    f"The choice {label!r} ({type(mutable).__name__}) cannot be searched by CreamStrategy, which takes "
+                    "LayerChoice, and InputChoice with n_chosen given."
                 )
 
     @property

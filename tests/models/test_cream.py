@@ -1,0 +1,187 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+import nni_cream  # noqa: F401 (registers the networks)
+from nni_cream.architecture import CreamPath
+from nni_cream.cost import measure_network, ptflops_macs
+from nni_cream.errors import UserError
+from nni_cream.models.cream import CHOICES, PUBLISHED, block_strings, build_child
+from tests.reference import apply_rule, golden, standard_normal, use_exact_gates
+
+REFERENCE: dict[str, Any] = golden("cream/a_childnets.json")
+NETWORKS = [pytest.param(f"cream_{name}", row, id=name) for name, row in REFERENCE["published"].items()]
+
+
+@pytest.fixture
+def on_meta() -> Iterator[None]:
+    with torch.device("meta"):
+        yield
+
+
+def parameters(network: nn.Module) -> int:
+    return sum(p.numel() for p in network.parameters())
+
+
+def test_the_published_networks_are_those_of_the_paper() -> None:
+    assert list(PUBLISHED) == [f"cream_{name}" for name in REFERENCE["published"]]
+    assert set(timm.list_models("cream_*")) == set(PUBLISHED)
+
+
+@pytest.mark.parametrize(("name", "row"), NETWORKS)
+@pytest.mark.usefixtures("on_meta")
+class TestPublished:
+    def test_path_and_resolution(self, name: str, row: dict[str, Any]) -> None:
+        assert PUBLISHED[name].path.to_lists() == row["arch_list"]
+        assert PUBLISHED[name].resolution == row["image_size"]
+
+    def test_blocks_keep_the_quirk_of_single_block_stages(self, name: str, row: dict[str, Any]) -> None:
+        expected = [
+            [text.replace("_s2_", "_s1_") if block else text for block, text in enumerate(stage)]
+            for stage in row["resolved_block_strings"]
+        ]
+        assert block_strings(PUBLISHED[name].path, published=True) == expected
+
+    def test_state_dict_has_the_published_keys_in_order(self, name: str, row: dict[str, Any]) -> None:
+        state = timm.create_model(name).state_dict()
+        assert [[key, list(tensor.shape)] for key, tensor in state.items()] == row["state_dict"]
+
+    def test_cost(self, name: str, row: dict[str, Any]) -> None:
+        network = timm.create_model(name).eval()
+        size = row["image_size"]
+        assert parameters(network) == row["params"]
+        assert ptflops_macs(network, torch.empty(1, 3, size, size)) == row["macs_ptflops_0_6_3"]
+        cost = measure_network(network, size)
+        assert (cost.macs, cost.params) == (row["macs_flopcounter"], row["params"])
+
+
+@pytest.mark.parametrize("name", REFERENCE["choices_applied_to_single_block_stages"])
+@pytest.mark.usefixtures("on_meta")
+def test_searched_paths_have_no_quirk(name: str) -> None:
+    row = REFERENCE["choices_applied_to_single_block_stages"][name]
+    network = build_child(CreamPath.of(row["arch_list"]), num_classes=1000).eval()
+    size = row["image_size"]
+    assert parameters(network) == row["params"] != REFERENCE["published"][name]["params"]
+    assert ptflops_macs(network, torch.empty(1, 3, size, size)) == row["macs_ptflops_0_6_3"]
+    assert measure_network(network, size).macs == row["macs_flopcounter"]
+
+
+@pytest.mark.parametrize("name", ["cream_481", "cream_604"])
+def test_without_single_block_stages_there_is_no_quirk_to_keep(name: str) -> None:
+    path = PUBLISHED[name].path
+    assert block_strings(path) == block_strings(path, published=True)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(c, id=c["model"]) for c in golden("cream/c_forward.json")["cases"] if "childnet" in c["model"]],
+)
+class TestForward:
+    @staticmethod
+    def network(case: dict[str, Any]) -> nn.Module:
+        network = timm.create_model(case["model"].replace("childnet", "cream_"), num_classes=10).double()
+        apply_rule(network)
+        use_exact_gates(network)
+        return network
+
+    def test_evaluation(self, case: dict[str, Any]) -> None:
+        network = self.network(case).eval()
+        assert parameters(network) == case["params"]
+        with torch.no_grad():
+            logits = network(standard_normal(case["input_seed"], *case["input_shape"]))
+        exact = torch.tensor(case["eval_logits"], dtype=torch.float64)
+        torch.testing.assert_close(logits, exact, rtol=0, atol=1e-12)
+
+    def test_training(self, case: dict[str, Any]) -> None:
+        network = self.network(case).train()
+        logits = network(standard_normal(case["input_seed"], *case["input_shape"]))
+        exact = torch.tensor(case["train_logits"], dtype=torch.float64)
+        torch.testing.assert_close(logits, exact, rtol=0, atol=1e-9)
+        loss = nn.functional.cross_entropy(logits, torch.tensor([3, 7]))
+        assert loss.item() == pytest.approx(case["train_loss_ce_target_3_7"], abs=1e-9)
+        loss.backward()
+        gradients = {name: p.grad.abs().sum().item() for name, p in network.named_parameters() if p.grad is not None}
+        assert gradients == pytest.approx(case["grad_abs_sum"], rel=1e-6)
+
+
+@pytest.mark.usefixtures("on_meta")
+class TestTimmConventions:
+    def test_default_configuration(self) -> None:
+        for name, published in PUBLISHED.items():
+            configuration = timm.create_model(name).default_cfg
+            assert configuration["input_size"] == (3, published.resolution, published.resolution)
+            assert configuration["pool_size"] == (published.resolution // 32,) * 2
+
+    def test_named_layers_exist(self) -> None:
+        network = timm.create_model("cream_14", num_classes=7)
+        layers = dict(network.named_modules())
+        assert layers[network.default_cfg["first_conv"]].in_channels == 3
+        assert layers[network.default_cfg["classifier"]].out_features == 7
+
+    def test_number_of_classes(self) -> None:
+        network = timm.create_model("cream_14", num_classes=10)
+        assert network(torch.empty(2, 3, 64, 64)).shape == (2, 10)
+        # The classifier is 1280 × classes + classes.
+        assert parameters(network) == REFERENCE["published"]["14"]["params"] - 990 * 1281
+
+    def test_reset_classifier(self) -> None:
+        network = timm.create_model("cream_43")
+        network.reset_classifier(5)
+        assert network(torch.empty(2, 3, 96, 96)).shape == (2, 5)
+        network.reset_classifier(0)
+        assert network(torch.empty(2, 3, 96, 96)).shape == (2, 1280)
+
+    def test_features_only(self) -> None:
+        network = timm.create_model("cream_14", features_only=True)
+        assert network.feature_info.channels() == [16, 24, 40, 96, 320]
+        assert network.feature_info.reduction() == [2, 4, 8, 16, 32]
+        shapes = [tuple(feature.shape[1:]) for feature in network(torch.empty(1, 3, 64, 64))]
+        assert shapes == [(16, 32, 32), (24, 16, 16), (40, 8, 8), (96, 4, 4), (320, 2, 2)]
+
+    def test_no_pretrained_weights_are_promised(self) -> None:
+        assert not timm.list_models("cream_*", pretrained=True)
+
+
+def test_dropout_acts_in_training_only() -> None:
+    images = torch.ones(1, 3, 64, 64)
+    network = timm.create_model("cream_14", num_classes=10, drop_rate=0.5).eval()
+    assert torch.equal(network(images), network(images))
+    for module in network.modules():
+        if not isinstance(module, nn.BatchNorm2d):
+            module.training = True
+    assert not torch.equal(network(images), network(images))
+
+
+def test_child_keeps_its_drop_rates() -> None:
+    path = CreamPath.parse("[0] [3] [3,3] [3,3] [3] [3] [0]")
+    network = build_child(path, num_classes=2, drop_rate=0.25, drop_path_rate=0.2)
+    assert network.drop_rate == 0.25
+    rates = [getattr(block.drop_path, "drop_prob", 0.0) for stage in network.blocks[1:6] for block in stage]
+    assert len(rates) == 7
+    assert rates == sorted(rates)
+    assert 0.0 < rates[1] < rates[-1] < 0.2
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[0] [3] [3] [3] [3] [0]", "has 6 stages, but the stage table has 7"),
+        ("[0] [3] [3] [3] [3] [3] [3] [0]", "has 8 stages, but the stage table has 7"),
+        ("[1] [3] [3] [3] [3] [3] [0]", "must begin and end with"),
+        ("[0] [3] [3] [3] [3] [3] [0,0]", "must begin and end with"),
+        ("[0] [3] [3,6] [3] [3] [3] [0]", "Stage 2 of the Cream path names choice 6, but choices go from 0 to 5"),
+    ],
+)
+def test_paths_that_do_not_fit_are_errors(text: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        build_child(CreamPath.parse(text), num_classes=10)
+
+
+def test_choices_are_in_the_published_order() -> None:
+    assert [(c.kernel, c.expansion) for c in CHOICES] == [(3, 4), (3, 6), (5, 4), (5, 6), (7, 4), (7, 6)]

@@ -1,0 +1,302 @@
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from nni_cream.architecture import CreamPath
+from nni_cream.cost import ptflops_macs
+from nni_cream.errors import UserError
+from nni_cream.models.cream import CHOICES, STAGES, Choice, build_child
+from search_spaces.cream import CreamSpace, SpacePlan, align, plan_space, stage_costs
+from tests.reference import apply_rule, golden, run_through, standard_normal, use_exact_gates
+
+PLANS: dict[str, Any] = golden("cream/b_search_for_layer.json")
+FORWARD = [
+    pytest.param(case, id=f"depth{sum(map(len, case['arch']))}")
+    for case in golden("cream/c_forward.json")["cases"]
+    if case["model"] == "supernet600"
+]
+ESTIMATES: dict[str, Any] = golden("cream/f_flopsest.json")
+PATH = CreamPath.parse("[0] [2] [3,1] [0,4] [5] [1] [0]")
+DEPTHS = (1, 2, 2, 1, 1)
+
+
+def interval(row: dict[str, Any]) -> str:
+    return f"{row['min']}-{row['max']}"
+
+
+class TestPlan:
+    @pytest.mark.parametrize("row", PLANS["grid"], ids=interval)
+    def test_published_intervals(self, row: dict[str, Any]) -> None:
+        # The published code plans for an interval whose minimum is above its maximum; here it is an error.
+        if row["sta_num"] is None or row["min"] > row["max"]:
+            with pytest.raises(UserError):
+                plan_space(row["min"], row["max"])
+        else:
+            assert plan_space(row["min"], row["max"]) == SpacePlan(tuple(row["sta_num"]), row["resolution"])
+
+    def test_both_kinds_of_outcome_are_covered(self) -> None:
+        rows = PLANS["grid"]
+        assert len(rows) == 37
+        assert sum(row["sta_num"] is None for row in rows) == 5
+
+    @pytest.mark.parametrize(
+        ("minimum", "maximum", "message"),
+        [
+            (300, 200, r"interval \[300 M, 200 M\] is empty"),
+            (0, 1, r"No network fits the FLOPs interval \[0 M, 1 M\]: at 224 pixels .* cost 65\.1 M to"),
+            (800, 1000, r"No network reaches the FLOPs interval \[800 M, 1000 M\]"),
+        ],
+    )
+    def test_messages(self, minimum: float, maximum: float, message: str) -> None:
+        with pytest.raises(UserError, match=message):
+            plan_space(minimum, maximum)
+
+    def test_a_fixed_resolution_is_kept(self) -> None:
+        assert plan_space(0, 65).resolution == 192
+        with pytest.raises(UserError, match="at 224 pixels"):
+            plan_space(0, 65, 224)
+        assert plan_space(0, 65, 192).resolution == 192
+
+    def test_depth_follows_from_the_costs_at_the_fixed_resolution(self) -> None:
+        # Costs fall with the area, so a quarter of the area affords depth that the budget had no room for.
+        assert sum(plan_space(0, 121, 112).depths) > sum(plan_space(0, 121, 224).depths) == 5
+
+    @pytest.mark.parametrize("resolution", [32, 64, 224])
+    def test_largest_network_stays_under_the_maximum(self, resolution: int) -> None:
+        costs = stage_costs(resolution)
+        smallest = sum(stage.first[0] for stage in costs)
+        for factor in (2.0, 3.0, 5.0, 8.0):
+            depths = plan_space(0, factor * smallest, resolution).depths
+            largest = sum(c.first[-1] + (d - 1) * c.further[-1] for c, d in zip(costs, depths, strict=True))
+            assert largest <= factor * smallest
+            # One more block anywhere would be too much, or there is a limit of four.
+            assert all(
+                d == 4 or largest + c.further[-1] > factor * smallest for c, d in zip(costs, depths, strict=True)
+            )
+
+
+class TestCosts:
+    def test_published_table(self) -> None:
+        table = [[list(pair) for pair in zip(c.first, c.further, strict=True)] for c in stage_costs(224)]
+        expected = [[PLANS["flops_op_dict"][str(s)][str(i)] for i in range(6)] for s in range(5)]
+        torch.testing.assert_close(torch.tensor(table), torch.tensor(expected), rtol=0, atol=5e-7)
+        assert [[[round(v, 6) for v in pair] for pair in stage] for stage in table] == expected
+
+    @pytest.mark.parametrize("resolution", [40, 100])
+    def test_odd_sizes_cost_what_the_network_costs(self, resolution: int) -> None:
+        lists = [[0], [2], [3, 1], [0, 4], [5], [1], [0]]
+        costs = stage_costs(resolution)
+        estimate = sum(
+            cost.first[stage[0]] + sum(cost.further[i] for i in stage[1:])
+            for cost, stage in zip(costs, lists[1:-1], strict=True)
+        )
+        with torch.device("meta"):
+            network = build_child(CreamPath.of(lists), num_classes=2).eval()
+            images = torch.empty(1, 3, resolution, resolution)
+            choices_only = sum(ptflops_macs(block, inputs) for block, inputs in blocks_with_inputs(network, images))
+        assert choices_only / 1e6 == pytest.approx(estimate, rel=1e-12)
+
+    @pytest.mark.parametrize("row", ESTIMATES["archs"][::4], ids=lambda row: f"{row['flops_M']:.1f}M")
+    def test_published_estimates(self, row: dict[str, Any]) -> None:
+        resolution = ESTIMATES["resolution"]
+        path = CreamPath.of([[choice for choice in stage if choice >= 0] for stage in row["arch"]])  # -1: no block
+        with torch.device("meta"):
+            network = build_child(path, num_classes=1000).eval()
+            images = torch.empty(1, 3, resolution, resolution)
+            macs = sum(ptflops_macs(b, x) for b, x in blocks_with_inputs(network, images, slice(0, 7)))
+        assert macs / 1e6 + ESTIMATES["flops_fixed_M"] == pytest.approx(row["flops_M"], abs=1e-6)
+        params = sum(p.numel() for p in network.blocks.parameters())
+        assert params / 1e6 + ESTIMATES["params_fixed_M"] == pytest.approx(row["params_M"], abs=1e-9)
+
+
+def blocks_with_inputs(network: Any, images: Tensor, stages: slice = slice(1, 6)) -> list[tuple[nn.Module, Tensor]]:
+    seen: list[tuple[nn.Module, Tensor]] = []
+    for stage in network.blocks[stages]:
+        for block in stage:
+            block.register_forward_pre_hook(lambda module, args: seen.append((module, args[0])))
+    network(images)
+    for block, _ in seen:
+        block._forward_pre_hooks.clear()
+    return seen
+
+
+class Reference:
+    """The supernet with the reference's weights, run once through a path of the reference."""
+
+    def __init__(self, case: dict[str, Any]) -> None:
+        self.case = case
+        self.space = CreamSpace([len(stage) for stage in case["arch"][1:-1]], 10).double()
+        sample = CreamPath.of(case["arch"]).to_sample()
+        apply_rule(self.space, sample)
+        use_exact_gates(self.space)
+        run_through(self.space, sample)
+        images = standard_normal(case["input_seed"], *case["input_shape"])
+        self.space.eval()
+        with torch.no_grad():
+            self.evaluated = self.space(images)
+        self.space.train()
+        self.trained = self.space(images)
+        self.loss = nn.functional.cross_entropy(self.trained, torch.tensor([3, 7]), label_smoothing=0.1)
+        self.loss.backward()
+
+
+@pytest.fixture(scope="module", params=FORWARD)
+def reference(request: pytest.FixtureRequest) -> Reference:
+    return Reference(request.param)
+
+
+def exact(values: Any) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64)
+
+
+class TestForward:
+    def test_evaluation(self, reference: Reference) -> None:
+        torch.testing.assert_close(reference.evaluated, exact(reference.case["eval_logits"]), rtol=0, atol=1e-9)
+
+    def test_training(self, reference: Reference) -> None:
+        torch.testing.assert_close(reference.trained, exact(reference.case["train_logits"]), rtol=0, atol=1e-9)
+        assert reference.loss.item() == pytest.approx(reference.case["train_loss_ls0.1_target_3_7"], abs=1e-9)
+
+    def test_gradients(self, reference: Reference) -> None:
+        gradients = {
+            name: parameter.grad.abs().sum().item()
+            for name, parameter in reference.space.named_parameters()
+            if parameter.grad is not None
+        }
+        assert len(gradients) == reference.case["n_rand_parameters"]
+        assert gradients == pytest.approx(reference.case["grad_abs_sum"], rel=1e-6)
+
+    def test_running_mean(self, reference: Reference) -> None:
+        expected = exact(reference.case["bn1_running_mean_after"])
+        torch.testing.assert_close(reference.space.bn1.running_mean, expected, rtol=0, atol=1e-12)
+
+
+@pytest.fixture
+def space() -> CreamSpace:
+    torch.manual_seed(0)
+    return CreamSpace(DEPTHS, 10)
+
+
+class TestSpace:
+    def test_choices_are_labelled_like_paths(self, space: CreamSpace) -> None:
+        simplified = space.simplify()
+        assert set(simplified) == set(PATH.to_sample())
+        sizes = {label: len(choice.values) for label, choice in simplified.items()}
+        assert sizes == {label: 1 if label in ("stage0_block0", "stage6_block0") else 6 for label in simplified}
+
+    @pytest.mark.parametrize("depths", [(), (1, 1, 1, 1), (1, 1, 1, 1, 1, 1), (1, 1, 0, 1, 1), (1, 1, -1, 1, 1)])
+    def test_depths_that_do_not_fit_are_an_error(self, depths: tuple[int, ...]) -> None:
+        with pytest.raises(UserError, match=r"needs 5 depths of at least 1, not \["):
+            CreamSpace(depths, 10)
+
+    def test_only_the_first_block_of_a_stage_has_the_stride(self, space: CreamSpace) -> None:
+        for stage, table in zip(space.blocks[1:-1], STAGES, strict=True):
+            for number, block in enumerate(stage):
+                assert {candidate.conv_dw.stride for candidate in block} == {
+                    (table.stride,) * 2 if number == 0 else (1, 1)
+                }
+
+    def test_freezing_gives_the_child(self, space: CreamSpace) -> None:
+        sample = PATH.to_sample()
+        apply_rule(space, sample)
+        frozen = space.freeze(sample)
+        child = build_child(PATH, num_classes=10)
+        state = space.state_dict()
+        chosen: dict[str, Tensor] = {}
+        for name in child.state_dict():
+            parts = name.split(".")
+            if parts[0] == "blocks":
+                parts.insert(3, str(sample[f"stage{parts[1]}_block{parts[2]}"]))
+            chosen[name] = state[".".join(parts)]
+        assert list(frozen.state_dict()) == list(chosen)
+        child.load_state_dict(chosen)
+
+        images = standard_normal(5, 2, 3, 64, 64).float()
+        run_through(space, sample)
+        for network in (space, frozen, child):
+            network.eval()
+        with torch.no_grad():
+            expected = child(images)
+            assert torch.equal(frozen(images), expected)
+            assert torch.equal(space(images), expected)
+        assert expected.std() > 0
+
+    def test_architecture_of_a_sample(self, space: CreamSpace) -> None:
+        assert space.architecture(PATH.to_sample()) == PATH
+
+    @pytest.mark.parametrize("size", [32, 64])
+    def test_shape_of_logits(self, space: CreamSpace, size: int) -> None:
+        assert space.eval()(torch.zeros(3, 3, size, size)).shape == (3, 10)
+
+    def test_weights_follow_from_the_seed(self, space: CreamSpace) -> None:
+        torch.manual_seed(0)
+        again = CreamSpace(DEPTHS, 10)
+        assert all(torch.equal(a, b) for a, b in zip(space.parameters(), again.parameters(), strict=True))
+
+    def test_unaligned_candidates_are_independent(self, space: CreamSpace) -> None:
+        wide3, wide5 = (space.blocks[1][0][CHOICES.index(c)] for c in (Choice(3, 6), Choice(5, 6)))
+        assert not torch.equal(wide3.conv_pw.weight, wide5.conv_pw.weight)
+
+
+class TestAlign:
+    @pytest.fixture
+    def aligned(self) -> CreamSpace:
+        torch.manual_seed(0)
+        return CreamSpace(DEPTHS, 10, aligned=True).double()
+
+    @pytest.mark.parametrize("training", [True, False])
+    @pytest.mark.parametrize("expansion", [4, 6])
+    def test_kernels_start_as_the_same_function(self, aligned: CreamSpace, expansion: int, training: bool) -> None:
+        # The first block of a stage changes the number of channels, so no residual hides its output.
+        for stage in aligned.blocks[1:-1]:
+            candidates = [c for choice, c in zip(CHOICES, stage[0], strict=True) if choice.expansion == expansion]
+            assert not candidates[0].has_skip
+            images = standard_normal(1, 4, candidates[0].conv_pw.in_channels, 9, 9)
+            outputs = [candidate.train(training)(images) for candidate in candidates]
+            assert len(outputs) == 3
+            assert outputs[0].std() > 1e-3
+            for output in outputs[1:]:
+                torch.testing.assert_close(output, outputs[0], rtol=1e-12, atol=1e-12)
+
+    def test_whole_networks_agree(self, aligned: CreamSpace) -> None:
+        images = standard_normal(2, 4, 3, 64, 64)
+        logits = []
+        for chosen in ("[0] [1] [1,1] [1,1] [1] [1] [0]", "[0] [5] [3,1] [5,3] [3] [5] [0]"):
+            run_through(aligned, CreamPath.parse(chosen).to_sample())
+            logits.append(aligned.train()(images))
+        torch.testing.assert_close(logits[0], logits[1], rtol=1e-9, atol=1e-12)
+
+    def test_narrow_candidates_hold_the_first_channels_of_the_wide_one(self, aligned: CreamSpace) -> None:
+        for stage in aligned.blocks[1:-1]:
+            for block in stage:
+                wide, narrow = (block[CHOICES.index(Choice(3, e))] for e in (6, 4))
+                n = narrow.conv_pw.out_channels
+                r = narrow.se.conv_reduce.out_channels
+                assert n * 6 == wide.conv_pw.out_channels * 4
+                assert torch.equal(narrow.conv_pw.weight, wide.conv_pw.weight[:n])
+                assert torch.equal(narrow.conv_dw.weight, wide.conv_dw.weight[:n])
+                assert torch.equal(narrow.conv_pwl.weight, wide.conv_pwl.weight[:, :n])
+                assert torch.equal(narrow.se.conv_reduce.weight, wide.se.conv_reduce.weight[:r, :n])
+                assert torch.equal(narrow.se.conv_expand.weight, wide.se.conv_expand.weight[:n, :r])
+
+    def test_large_kernels_hold_the_small_one_in_their_middle(self, aligned: CreamSpace) -> None:
+        block = aligned.blocks[2][1]
+        small, large = (block[CHOICES.index(Choice(k, 6))].conv_dw.weight for k in (3, 7))
+        assert torch.equal(large[:, :, 2:5, 2:5], small)
+        assert torch.count_nonzero(large) == torch.count_nonzero(small)
+
+    def test_nothing_is_shared_afterwards(self, aligned: CreamSpace) -> None:
+        addresses = [parameter.data_ptr() for parameter in aligned.parameters()]
+        assert len(set(addresses)) == len(addresses)
+
+    def test_the_wide_small_candidate_keeps_its_weights(self, space: CreamSpace) -> None:
+        candidates = list(space.blocks[3][1])
+        before = copy.deepcopy(candidates[1].state_dict())
+        align(candidates)
+        assert all(torch.equal(before[name], tensor) for name, tensor in candidates[1].state_dict().items())
+        assert all(p.requires_grad for candidate in candidates for p in candidate.parameters())

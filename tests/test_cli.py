@@ -1,0 +1,175 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import nni
+import pytest
+
+from nni_cream.cli import make_parser, overrides_of, run, tuner_parameters
+from nni_cream.errors import UserError
+from nni_cream.recipe import CreamRecipe, load_recipe
+
+ROOT = Path(__file__).resolve().parents[1]
+RECIPE = ROOT / "experiments" / "recipes" / "cream_mnist5k.yml"
+
+
+@pytest.fixture(autouse=True)
+def _without_nni(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in list(os.environ):
+        if name.startswith("NNI_"):
+            monkeypatch.delenv(name)
+
+
+def tuner_sends(monkeypatch: pytest.MonkeyPatch, parameters: Any) -> None:
+    monkeypatch.setenv("NNI_PLATFORM", "local")
+    monkeypatch.setattr(nni, "get_next_parameter", lambda: parameters)
+
+
+def overrides(*words: str) -> dict[str, Any]:
+    return overrides_of(make_parser("A trial.", Path("recipe.yml")).parse_args(words))
+
+
+class TestOptions:
+    def test_defaults(self) -> None:
+        arguments = make_parser("A trial.", Path("some/recipe.yml")).parse_args([])
+        assert arguments.recipe == Path("some/recipe.yml")
+        assert arguments.output is None
+        assert overrides_of(arguments) == {}
+
+    def test_set_may_be_repeated_and_the_last_counts(self) -> None:
+        given = overrides("--set", "epochs=3", "--set", "optimizer.lr=0.2", "--set", "epochs=4")
+        assert given == {"epochs": 4, "optimizer.lr": 0.2}
+
+    def test_name_is_text_even_where_yaml_would_read_a_number(self) -> None:
+        assert overrides("--name", "2024") == {"name": "2024"}
+        assert overrides("--set", "name=2024") == {"name": 2024}
+
+    def test_help_is_the_first_line_of_the_docstring(self) -> None:
+        text = make_parser("Do a thing.\n\nAt length.\n", Path("recipe.yml")).format_help()
+        assert "Do a thing." in text
+        assert "At length" not in text
+
+
+class TestTuner:
+    def test_without_nni_is_not_asked(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def fail() -> None:
+            raise AssertionError("asked")
+
+        monkeypatch.setattr(nni, "get_next_parameter", fail)
+        assert tuner_parameters() == {}
+
+    def test_has_the_last_word(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        tuner_sends(monkeypatch, {"seed": 3, "optimizer.lr": 0.2})
+        assert overrides("--set", "seed=1", "--set", "epochs=9") == {"seed": 3, "epochs": 9, "optimizer.lr": 0.2}
+
+    def test_sets_the_recipe(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        tuner_sends(monkeypatch, {"data.batch_size": 32.0, "optimizer": {"name": "momentum", "lr": 0.3}})
+        recipe = load_recipe(CreamRecipe, RECIPE, overrides())
+        assert recipe.data.batch_size == 32
+        assert (recipe.optimizer.name, recipe.optimizer.lr) == ("momentum", 0.3)
+
+    @pytest.mark.parametrize(
+        ("parameters", "expected"),
+        [
+            ({"learning_rate": 0.2}, "'learning_rate' is not a setting; did you mean"),
+            ({"optimizer.lr": -1.0}, "'optimizer.lr' is -1.0, but should be greater than 0."),
+            ({"cream.warmup_epochs": 30}, "cream.warmup_epochs is 30"),
+        ],
+    )
+    def test_is_checked_as_the_command_line_is(
+        self, monkeypatch: pytest.MonkeyPatch, parameters: dict[str, Any], expected: str
+    ) -> None:
+        tuner_sends(monkeypatch, parameters)
+        with pytest.raises(UserError) as caught:
+            load_recipe(CreamRecipe, RECIPE, overrides())
+        assert expected in str(caught.value)
+
+    @pytest.mark.parametrize("parameters", [None, 3, ["lr"]])
+    def test_that_sends_no_mapping(self, monkeypatch: pytest.MonkeyPatch, parameters: Any) -> None:
+        tuner_sends(monkeypatch, parameters)
+        with pytest.raises(UserError, match="NNI's tuner sent") as caught:
+            tuner_parameters()
+        assert repr(parameters) in str(caught.value)
+
+
+class Unreadable:
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, index: int) -> None:
+        raise UserError("The image a.png cannot be read.")
+
+
+class TestRun:
+    def test_prints_what_the_user_did_wrong(self, capsys: pytest.CaptureFixture[str]) -> None:
+        def main() -> None:
+            raise UserError("There is no such thing.")
+
+        with pytest.raises(SystemExit) as caught:
+            run(main)
+        assert caught.value.code == 2
+        assert capsys.readouterr() == ("", "error: There is no such thing.\n")
+
+    def test_prints_the_sentence_alone_also_from_a_worker(self, capsys: pytest.CaptureFixture[str]) -> None:
+        from torch.utils.data import DataLoader
+
+        with pytest.raises(SystemExit) as caught:
+            run(lambda: next(iter(DataLoader(Unreadable(), num_workers=1))))  # type: ignore[arg-type]
+        assert caught.value.code == 2
+        assert capsys.readouterr() == ("", "error: The image a.png cannot be read.\n")
+
+    def test_lets_our_own_faults_through(self) -> None:
+        def main() -> None:
+            raise KeyError("ours")
+
+        with pytest.raises(KeyError, match="ours"):
+            run(main)
+
+    def test_returns_where_all_went_well(self) -> None:
+        called = []
+        run(lambda: called.append(True))
+        assert called == [True]
+
+
+def misspelt_key(_output: Path) -> list[str]:
+    return ["--set", "optimizer.learning_rate=0.2"]
+
+
+def missing_recipe(_output: Path) -> list[str]:
+    return ["--recipe", "none.yml"]
+
+
+def run_of_another_recipe(output: Path) -> list[str]:
+    output.mkdir()
+    (output / "recipe.yml").write_text("name: other\n", encoding="utf-8")
+    return []
+
+
+@pytest.mark.parametrize(
+    ("arrange", "expected"),
+    [
+        (misspelt_key, "'optimizer.learning_rate' is not a setting; did you mean 'optimizer.lr'?"),
+        (missing_recipe, "There is no recipe none.yml"),
+        (run_of_another_recipe, "holds a run of another recipe"),
+    ],
+)
+def test_a_wrong_command_line_ends_in_one_sentence_and_touches_nothing(
+    tmp_path: Path, arrange: Callable[[Path], list[str]], expected: str
+) -> None:
+    output = tmp_path / "run"
+    arguments = arrange(output)
+    before = {path: path.read_bytes() if path.is_file() else None for path in tmp_path.rglob("*")}
+    script = ROOT / "trials" / "search_cream.py"
+    command = [sys.executable, str(script), "--recipe", str(RECIPE), "--output", str(output), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: ")
+    assert expected in line
+    assert {path: path.read_bytes() if path.is_file() else None for path in tmp_path.rglob("*")} == before

@@ -1,0 +1,421 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from nni_cream.errors import UserError
+from nni_cream.recipe import (
+    ChildData,
+    CreamRecipe,
+    Data,
+    Optimizer,
+    Recipe,
+    RetrainRecipe,
+    dotted_keys,
+    load_recipe,
+    parse_override,
+    to_yaml,
+)
+
+ROOT = Path(__file__).resolve().parents[1]
+SHIPPED = sorted((ROOT / "experiments" / "recipes").glob("*.yml"))
+KINDS: dict[str, type[Recipe]] = {"search": CreamRecipe, "cream": CreamRecipe, "retrain": RetrainRecipe}
+
+SMALLEST = {"name": "a", "epochs": 30, "flops": {"min": 1, "max": 2}}
+
+
+def kind_of(file: Path) -> type[Recipe]:
+    return KINDS[file.name.partition("_")[0]]
+
+
+def write(folder: Path, settings: dict[str, Any]) -> Path:
+    file = folder / "wrong.yml"
+    file.write_text(yaml.safe_dump(settings), encoding="utf-8")
+    return file
+
+
+def refusal(file: Path, overrides: dict[str, Any] | None = None, kind: type[Recipe] = CreamRecipe) -> str:
+    with pytest.raises(UserError) as caught:
+        load_recipe(kind, file, overrides or {})
+    return checked_sentence(str(caught.value))
+
+
+def checked_sentence(message: str) -> str:
+    assert "\n" not in message
+    assert message[-1] in ".?"
+    assert message[-2] not in ".?!"
+    return message
+
+
+class TestShippedRecipes:
+    def test_there_are_some(self) -> None:
+        assert {kind_of(file) for file in SHIPPED} >= {CreamRecipe, RetrainRecipe}
+
+    @pytest.mark.parametrize("file", SHIPPED, ids=lambda file: file.name)
+    def test_holds_what_is_written_in_it(self, file: Path) -> None:
+        recipe = load_recipe(kind_of(file), file, {})
+        written = yaml.safe_load(file.read_text(encoding="utf-8"))
+        assert isinstance(recipe, kind_of(file))
+        assert _overlaid(recipe.model_dump(mode="json"), written) == recipe.model_dump(mode="json")
+
+    @pytest.mark.parametrize("file", SHIPPED, ids=lambda file: file.name)
+    def test_begins_with_the_command_that_runs_it(self, file: Path) -> None:
+        words = file.read_text(encoding="utf-8").partition("\n")[0].split()
+        assert words[:2] == ["#", "python"]
+        assert (ROOT / words[2]).is_file()
+        assert words[words.index("--recipe") + 1] == str(file.relative_to(ROOT))
+
+    @pytest.mark.parametrize("file", SHIPPED, ids=lambda file: file.name)
+    def test_survives_being_written(self, file: Path, tmp_path: Path) -> None:
+        recipe = load_recipe(kind_of(file), file, {})
+        (tmp_path / "again.yml").write_text(to_yaml(recipe), encoding="utf-8")
+        assert load_recipe(kind_of(file), tmp_path / "again.yml", {}) == recipe
+
+
+def _overlaid(below: Any, above: Any) -> Any:
+    if isinstance(below, dict) and isinstance(above, dict):
+        return below | {key: _overlaid(below.get(key), value) for key, value in above.items()}
+    return above
+
+
+class TestWrittenRecipe:
+    def test_every_setting_comes_back(self, tmp_path: Path) -> None:
+        recipe = CreamRecipe.model_validate(
+            {
+                **SMALLEST,
+                "seed": 2**32 - 1,
+                "data": {"folder": "Ordner mit Übergröße", "augmentation": {"scale": (0.5, 1), "hflip": 0.5}},
+                "optimizer": {"lr": 1e-7},
+                "schedule": {"warmup_lr": 1e-9},
+                "cream": {"prior": (0.5, 0.25, 0.25)},
+            }
+        )
+        (tmp_path / "r.yml").write_text(to_yaml(recipe), encoding="utf-8")
+        again = load_recipe(CreamRecipe, tmp_path / "r.yml", {})
+        assert again == recipe
+        assert again.data.folder == Path("Ordner mit Übergröße")
+        assert again.cream.prior == (0.5, 0.25, 0.25)
+        assert again.schedule.warmup_lr == 1e-9
+
+    def test_names_every_setting(self) -> None:
+        def keys(settings: dict[str, Any], prefix: str = "") -> set[str]:
+            found = set()
+            for name, value in settings.items():
+                found |= {prefix + name} | (keys(value, f"{prefix}{name}.") if isinstance(value, dict) else set())
+            return found
+
+        recipe = CreamRecipe.model_validate(SMALLEST)
+        assert keys(yaml.safe_load(to_yaml(recipe))) == set(dotted_keys(CreamRecipe))
+
+
+class TestUnknownKeys:
+    @pytest.mark.parametrize(
+        ("settings", "wrong", "right"),
+        [
+            ({"epoch": 3}, "epoch", "epochs"),
+            ({"optimiser": {"lr": 1}}, "optimiser", "optimizer"),
+            ({"lr": 0.1}, "lr", "optimizer.lr"),
+            ({"optimizer": {"learning_rate": 1}}, "optimizer.learning_rate", "optimizer.lr"),
+            ({"data": {"batchsize": 3}}, "data.batchsize", "data.batch_size"),
+            ({"data": {"augmentation": {"hlip": 1}}}, "data.augmentation.hlip", "data.augmentation.hflip"),
+            ({"data": {"augmentations": {"hflip": 1}}}, "data.augmentations", "data.augmentation"),
+            ({"cream": {"warm_up_epochs": 1}}, "cream.warm_up_epochs", "cream.warmup_epochs"),
+        ],
+    )
+    def test_names_file_key_and_the_nearest_key(
+        self, tmp_path: Path, settings: dict[str, Any], wrong: str, right: str
+    ) -> None:
+        file = write(tmp_path, SMALLEST | settings)
+        assert refusal(file) == f"{file}: '{wrong}' is not a setting; did you mean '{right}'?"
+
+    def test_is_named_before_what_else_is_wrong(self, tmp_path: Path) -> None:
+        # 'epoch' is also why 'epochs' is missing.
+        message = refusal(write(tmp_path, {"name": "a", "epoch": 3, "flops": {"min": 2, "max": 1}}))
+        assert "'epoch' is not a setting; did you mean 'epochs'?" in message
+
+    @pytest.mark.parametrize("settings", [{1: 2}, {"data": {1: 2}}])
+    def test_that_are_no_text(self, tmp_path: Path, settings: dict[str, Any]) -> None:
+        assert "the key 1 should be text." in refusal(write(tmp_path, SMALLEST | settings))
+
+    def test_of_the_other_kind_of_recipe(self, tmp_path: Path) -> None:
+        file = write(tmp_path, {"name": "a", "epochs": 1, "flops": {"min": 1, "max": 2}})
+        assert "'flops' is not a setting" in refusal(file, kind=RetrainRecipe)
+
+
+class TestWrongValues:
+    @pytest.mark.parametrize(
+        ("settings", "expected"),
+        [
+            # Types.
+            ({"epochs": "ten"}, "'epochs' is 'ten', but should be a valid integer"),
+            ({"epochs": 2.5}, "'epochs' is 2.5, but should be a valid integer"),
+            ({"epochs": True}, "epochs: true is not a value for this setting."),
+            ({"optimizer": {"lr": True}}, "optimizer.lr: true is not"),
+            ({"epochs": None}, "'epochs' is None, but should be"),
+            ({"optimizer": 5}, "'optimizer' is 5, but should be a group of settings."),
+            ({"data": None}, "'data' is None, but should be a group of settings."),
+            ({"data": {"folder": 3}}, "'data.folder' is 3, but should be a path."),
+            ({"data": {"download": "maybe"}}, "'data.download' is 'maybe', but should be a valid boolean"),
+            ({"data": {"augmentation": {"scale": 3}}}, "'data.augmentation.scale' is 3, but should be a list."),
+            ({"data": {"augmentation": {"scale": [1]}}}, "'data.augmentation.scale[1]' is missing."),
+            ({"data": {"augmentation": {"scale": [1, 2, 3]}}}, "'data.augmentation.scale' is [1, 2, 3], but should"),
+            ({"device": {"precision": 16}}, "'device.precision' is 16, but should be '32-true'"),
+            # Ranges.
+            ({"epochs": 0}, "'epochs' is 0, but should be greater than 0."),
+            ({"seed": -1}, "'seed' is -1, but should be greater than or equal to 0."),
+            ({"seed": 2**32}, "'seed' is 4294967296, but should be less than or equal to 4294967295."),
+            ({"data": {"resolution": 7}}, "'data.resolution' is 7"),
+            ({"data": {"batch_size": 1}}, "'data.batch_size' is 1"),
+            ({"data": {"architecture_fraction": 1}}, "'data.architecture_fraction' is 1"),
+            ({"data": {"augmentation": {"hflip": 1.5}}}, "'data.augmentation.hflip' is 1.5"),
+            ({"data": {"augmentation": {"scale": [0, 3]}}}, "'data.augmentation.scale[0]' is 0"),
+            ({"optimizer": {"momentum": 1}}, "'optimizer.momentum' is 1, but should be less than 1."),
+            ({"device": {"devices": 0}}, "'device.devices' is 0"),
+            # Numbers that are none.
+            ({"optimizer": {"lr": float("nan")}}, "'optimizer.lr' is nan, but should be a finite number."),
+            ({"optimizer": {"weight_decay": float("inf")}}, "'optimizer.weight_decay' is inf"),
+            ({"flops": {"min": float("nan"), "max": 2}}, "'flops.min' is nan"),
+            ({"flops": {"min": 1, "max": float("inf")}}, "'flops.max' is inf"),
+            ({"cream": {"prior": [1, float("nan")]}}, "'cream.prior[1]' is nan, but should be a finite number."),
+            # Settings that do not go together.
+            ({"flops": {"min": 3, "max": 2}}, "flops: min is 3, above max 2."),
+            ({"cream": {"warmup_epochs": 30}}, "cream.warmup_epochs is 30"),
+            ({"cream": {"board_images": 33}}, "cream.board_images is 33"),
+            ({"cream": {"prior": [0, 0]}}, "cream: the prior gives every candidate probability 0."),
+            ({"cream": {"prior": []}}, "cream: the prior gives every candidate probability 0."),
+            ({"cream": {"prior": [1, -1]}}, "'cream.prior[1]' is -1, but should be greater than or equal to 0."),
+            ({"cream": {"prior": "oven"}}, "'cream.prior' is 'oven', but should be 'even' or 'board'."),
+            ({"schedule": {"warmup_epochs": 30}}, "schedule.warmup_epochs is 30"),
+            ({"schedule": {"min_lr": 0.2}}, "schedule.min_lr is 0.2, above optimizer.lr 0.1."),
+            ({"data": {"architecture_fraction": 0.6, "validation_fraction": 0.4}}, "data: architecture_fraction and"),
+            ({"optimizer": {"name": "sgd", "momentum": 0}}, "write name: momentum."),
+            # Names.
+            ({"data": {"name": "mnits"}}, "there is no data set 'mnits'; did you mean 'mnist5k'?"),
+            ({"data": {"name": "cifar-100"}}, "there is no data set 'cifar-100'; did you mean 'cifar100'?"),
+            ({"name": "a/b"}, "'name' is 'a/b', but should match"),
+            ({"name": ".."}, "'name' is '..', but should match"),
+            ({"name": ""}, "'name' is '', but should match"),
+            ({"name": "a\n"}, "'name' is 'a\\n', but should match"),
+            ({"cream": {"teacher": "x"}}, "'cream.teacher' is 'x', but should be 'matching', 'top1' or 'none'."),
+            ({"schedule": {"name": "x"}}, "'schedule.name' is 'x', but should be 'linear', 'cosine' or 'constant'."),
+        ],
+        ids=str,
+    )
+    def test_are_refused_in_a_sentence(self, tmp_path: Path, settings: dict[str, Any], expected: str) -> None:
+        file = write(tmp_path, SMALLEST | settings)
+        message = refusal(file)
+        assert message.startswith(f"{file}: ")
+        assert expected in message
+
+    @pytest.mark.parametrize("missing", ["name", "epochs", "flops"])
+    def test_missing(self, tmp_path: Path, missing: str) -> None:
+        settings = {key: value for key, value in SMALLEST.items() if key != missing}
+        file = write(tmp_path, settings)
+        assert refusal(file) == f"{file}: the setting '{missing}' is missing."
+
+    @pytest.mark.parametrize(
+        "settings",
+        [
+            {"flops": {"min": 2, "max": 2}},
+            {"cream": {"warmup_epochs": 29}},
+            {"cream": {"board_images": 32}},
+            {"cream": {"board_images": 33, "teacher": "top1"}},
+            {"cream": {"prior": [0, 1]}},
+            {"schedule": {"warmup_epochs": 29, "min_lr": 0.1}},
+            {"optimizer": {"lr": "1e-4"}},  # YAML 1.1 reads 1e-4 as text.
+            {"epochs": 30.0},  # What a tuner that draws from a grid sends.
+        ],
+        ids=str,
+    )
+    def test_at_the_limit_are_taken(self, tmp_path: Path, settings: dict[str, Any]) -> None:
+        load_recipe(CreamRecipe, write(tmp_path, SMALLEST | settings), {})
+
+
+class TestNesterov:
+    def test_refuses_what_torch_refuses(self) -> None:
+        import timm.optim
+        from torch import nn
+
+        def fails_in_torch(name: str) -> bool:
+            try:
+                timm.optim.create_optimizer_v2(nn.Linear(1, 1), **(settings | {"opt": name}))
+            except ValueError as error:
+                assert "Nesterov" in str(error)  # noqa: PT017 (others would be new to us)
+                return True
+            except AssertionError as error:
+                assert "CUDA required" in str(error)  # noqa: PT017
+            return False
+
+        settings = Optimizer(name="momentum", momentum=0).timm_arguments()
+        # timm lists neither its aliases nor the wrapper.
+        names = [*timm.optim.list_optimizers(), "nesterov", "nesterovw", "SGD", "lookahead_sgd", "lookahead_adam"]
+        refused = {}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Of packages that some optimizers would like to have.
+            expected = {name for name in names if fails_in_torch(name)}
+            for name in names:
+                try:
+                    Optimizer(name=name, momentum=0)
+                except ValueError as error:
+                    refused[name] = str(error)
+            assert set(refused) == expected
+            assert {"sgd", "nesterov", "lookahead_sgd"} <= expected
+            assert all("write name: momentum" in message for message in refused.values())
+            assert not fails_in_torch("momentum")
+
+    def test_with_momentum_is_taken(self) -> None:
+        assert Optimizer(name="sgd", momentum=0.1).timm_arguments()["opt"] == "sgd"
+
+
+class TestFiles:
+    @pytest.mark.parametrize(
+        ("content", "expected"),
+        [
+            (b"name: [", "is not valid YAML"),
+            (b"name: a\n  epochs: 3", "is not valid YAML"),
+            (b"a\0b", "is not valid YAML"),
+            (b"seed: 2020-13-45", "is not valid YAML"),  # PyYAML takes it for a date.
+            (b"", "should be a YAML mapping of settings"),
+            (b"# nothing but a comment", "should be a YAML mapping of settings"),
+            (b"- a\n- b", "should be a YAML mapping of settings"),
+            (b"epochs", "should be a YAML mapping of settings"),
+            (b"name: \xff", "cannot be read"),
+        ],
+    )
+    def test_that_are_no_recipe(self, tmp_path: Path, content: bytes, expected: str) -> None:
+        file = tmp_path / "wrong.yml"
+        file.write_bytes(content)
+        message = refusal(file)
+        assert message.startswith(f"The recipe {file} ")
+        assert expected in message
+
+    def test_that_are_missing(self, tmp_path: Path) -> None:
+        message = refusal(tmp_path / "none.yml")
+        assert message == f"There is no recipe {tmp_path / 'none.yml'}; those shipped are in experiments/recipes/."
+
+    def test_that_are_folders(self, tmp_path: Path) -> None:
+        assert refusal(tmp_path).startswith(f"The recipe {tmp_path} cannot be read: ")
+
+
+class TestOverrides:
+    def test_replace_what_the_file_says(self, tmp_path: Path) -> None:
+        file = write(tmp_path, SMALLEST | {"optimizer": {"lr": 0.5, "momentum": 0.8}})
+        recipe = load_recipe(
+            CreamRecipe,
+            file,
+            {"optimizer.lr": 0.2, "data.augmentation.hflip": 0.5, "cream.prior": [1, 2], "epochs": 40},
+        )
+        assert (recipe.optimizer.lr, recipe.optimizer.momentum) == (0.2, 0.8)
+        assert recipe.data.augmentation.hflip == 0.5
+        assert recipe.cream.prior == (1, 2)
+        assert recipe.epochs == 40
+
+    def test_may_replace_a_group(self, tmp_path: Path) -> None:
+        file = write(tmp_path, SMALLEST | {"optimizer": {"lr": 0.5, "momentum": 0.8}})
+        assert load_recipe(CreamRecipe, file, {"optimizer": {"lr": 0.2}}).optimizer == Optimizer(lr=0.2)
+
+    @pytest.mark.parametrize(
+        ("wrong", "right"),
+        [
+            ("optimizer.l", "optimizer.lr"),
+            ("lr", "optimizer.lr"),
+            ("optimizr.lr", "optimizer.lr"),
+            ("data.name.x", "data.name"),
+            ("batch_size", "data.batch_size"),
+        ],
+    )
+    def test_of_an_unknown_key(self, tmp_path: Path, wrong: str, right: str) -> None:
+        message = refusal(write(tmp_path, SMALLEST), {wrong: 1})
+        assert message == f"'{wrong}' is not a setting; did you mean '{right}'?"
+
+    @pytest.mark.parametrize(
+        ("overrides", "group"),
+        [
+            ({"data": 5, "data.folder": "x"}, "data"),
+            ({"data.augmentation": 5, "data.augmentation.hflip": 1}, "data.augmentation"),
+        ],
+    )
+    def test_of_a_member_of_what_is_no_group_any_more(
+        self, tmp_path: Path, overrides: dict[str, Any], group: str
+    ) -> None:
+        message = refusal(write(tmp_path, SMALLEST), overrides)
+        assert (
+            message
+            == f"'{list(overrides)[-1]}' cannot be set because '{group}' is not a group of settings in the recipe."
+        )
+
+    def test_with_a_wrong_value(self, tmp_path: Path) -> None:
+        assert "'optimizer.lr' is -1, but should be greater than 0." in refusal(
+            write(tmp_path, SMALLEST), {"optimizer.lr": -1}
+        )
+
+    @pytest.mark.parametrize(
+        ("text", "expected"),
+        [
+            ("data.folder=null", ("data.folder", None)),
+            ("data.folder=", ("data.folder", None)),
+            ("cream.prior=[1, 2.5]", ("cream.prior", [1, 2.5])),
+            ("data.download=true", ("data.download", True)),
+            ("optimizer.lr=0.2", ("optimizer.lr", 0.2)),
+            ("data.folder=/a=b", ("data.folder", "/a=b")),
+            (" epochs = 3", ("epochs", 3)),
+            ("optimizer={lr: 0.2}", ("optimizer", {"lr": 0.2})),
+        ],
+    )
+    def test_on_the_command_line_are_yaml(self, text: str, expected: tuple[str, Any]) -> None:
+        assert parse_override(text) == expected
+
+    @pytest.mark.parametrize("text", ["epochs", "=3", " =3", "epochs=[", "seed=2020-13-45"])
+    def test_on_the_command_line_that_are_none(self, text: str) -> None:
+        with pytest.raises(UserError) as caught:
+            parse_override(text)
+        assert repr(text) in checked_sentence(str(caught.value))
+
+
+class TestDataOfAChild:
+    @pytest.fixture
+    def searched(self) -> dict[str, Any]:
+        data = Data(name="folder", folder=Path("/images"), resolution=48, batch_size=16, validation_fraction=0.3)
+        return data.model_dump(mode="json")
+
+    def test_takes_data_set_and_resolution_from_the_search_and_nothing_else(self, searched: dict[str, Any]) -> None:
+        assert ChildData().completed(searched) == Data(name="folder", folder=Path("/images"), resolution=48)
+
+    def test_keeps_what_the_recipe_gives(self, searched: dict[str, Any]) -> None:
+        given = ChildData(resolution=64, batch_size=8, folder=Path("/others"))
+        assert given.completed(searched) == Data(name="folder", folder=Path("/others"), resolution=64, batch_size=8)
+
+    def test_takes_the_folder_only_for_the_same_data_set(self, searched: dict[str, Any]) -> None:
+        assert ChildData(name="folder").completed(searched).folder == Path("/images")
+        assert ChildData(name="digits").completed(searched) == Data(name="digits", folder=None, resolution=48)
+        other = ChildData(name="imagenet", folder=Path("/imagenet"))
+        assert other.completed(searched).folder == Path("/imagenet")
+
+    def test_without_a_search_is_the_default(self) -> None:
+        assert ChildData().completed({}) == Data()
+
+    @pytest.mark.parametrize("searched", [{"name": "mnits"}, {"resolution": "large"}, {"folder": 3}])
+    def test_of_a_search_that_makes_no_sense(self, searched: dict[str, Any]) -> None:
+        with pytest.raises(UserError, match=str(next(iter(searched.values())))) as caught:
+            ChildData().completed(searched)
+        assert checked_sentence(str(caught.value)).startswith("The data settings of the search: ")
+
+
+def test_checking_a_recipe_imports_nothing_heavy() -> None:
+    script = (
+        "import sys\n"
+        "from pathlib import Path\n"
+        "from nni_cream import cli, runs\n"
+        "from nni_cream.recipe import CreamRecipe, load_recipe\n"
+        f"load_recipe(CreamRecipe, Path({str(ROOT / 'experiments/recipes/cream_mnist5k.yml')!r}), {{'epochs': 99}})\n"
+        "heavy = {'torch', 'nni', 'timm', 'torchvision', 'pytorch_lightning', 'torchmetrics', 'sklearn'}\n"
+        "print(sorted(heavy & set(sys.modules)))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,272 @@
+from __future__ import annotations
+
+import copy
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import nni
+import pytest
+import pytorch_lightning as pl
+import torch
+import torch.nn.functional as F
+from nni.runtime import trial_command_channel
+from nni.runtime.trial_command_channel import ParameterRecord, TrialCommandChannel
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from nni_cream.errors import UserError
+from nni_cream.recipe import Optimizer, Schedule
+from nni_cream.training import ImageClassifier
+
+CLASSES = 7
+# 22 images in batches of 4: six steps an epoch, the last of two images.
+IMAGES, BATCH, STEPS = 22, 4, 6
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
+    # Lightning's use of torch.
+    pytest.mark.filterwarnings("ignore:.*LeafSpec"),
+]
+
+
+class Channel(TrialCommandChannel):
+    """Writes down what is reported to NNI."""
+
+    def __init__(self) -> None:
+        self.reports: list[dict[str, Any]] = []
+
+    def receive_parameter(self) -> ParameterRecord:
+        return ParameterRecord(parameter_id=None, parameters={})
+
+    def send_metric(self, **metric: Any) -> None:  # type: ignore[override]
+        assert metric["type"] == "PERIODICAL"
+        self.reports.append(metric["value"])
+
+
+@dataclass
+class Recorder(pl.Callback):
+    """Writes down every step's learning rates and loss."""
+
+    rates: list[set[float]] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
+
+    def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+        self.rates.append({group["lr"] for group in trainer.optimizers[0].param_groups})
+
+    def on_train_batch_end(self, trainer: pl.Trainer, module: Any, outputs: Any, *_: Any) -> None:
+        self.losses.append(outputs["loss"].item())
+
+    def on_train_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        self.rates.append({group["lr"] for group in trainer.optimizers[0].param_groups})
+
+
+@dataclass
+class Run:
+    module: ImageClassifier
+    trainer: pl.Trainer
+    before: nn.Module
+    recorder: Recorder
+    reports: list[dict[str, Any]]
+
+
+def images(seed: int) -> TensorDataset:
+    random = torch.Generator().manual_seed(seed)
+    return TensorDataset(
+        torch.randn(IMAGES, 3, 4, 4, generator=random), torch.randint(CLASSES, (IMAGES,), generator=random)
+    )
+
+
+TRAINING, VALIDATION = images(0), images(1)
+
+
+def fit(
+    tmp_path: Path,
+    schedule: Schedule,
+    *,
+    epochs: int = 2,
+    stop_after: int | None = None,
+    checkpoint: Path | None = None,
+) -> Run:
+    torch.manual_seed(3)
+    module = ImageClassifier(
+        CLASSES,
+        Optimizer(name="sgd", lr=0.1, weight_decay=0.01).timm_arguments(),
+        schedule.timm_arguments(),
+        label_smoothing=0.2,
+    )
+    module.set_model(
+        nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Flatten(), nn.Linear(24, CLASSES))
+    )
+    before = copy.deepcopy(module.model)
+    recorder = Recorder()
+    callbacks: list[pl.Callback] = [recorder]
+    if stop_after is not None:
+        callbacks.append(StopAfter(stop_after))
+    trainer = pl.Trainer(
+        max_epochs=epochs,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=tmp_path,
+        callbacks=callbacks,
+    )
+    channel = Channel()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trial_command_channel, "_channel", channel)
+        patch.setattr(nni.trial, "_intermediate_seq", 0)
+        trainer.fit(module, DataLoader(TRAINING, BATCH), DataLoader(VALIDATION, BATCH), ckpt_path=checkpoint)
+    return Run(module, trainer, before, recorder, channel.reports)
+
+
+@dataclass
+class StopAfter(pl.Callback):
+    epochs: int
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        trainer.should_stop = trainer.current_epoch + 1 >= self.epochs
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return fit(tmp_path_factory.mktemp("run"), Schedule(name="linear"))
+
+
+class TestLearningRate:
+    @pytest.mark.parametrize(
+        ("schedule", "epochs", "expected"),
+        [
+            (Schedule(name="linear"), 2, lambda t: 0.1 * (1 - t / 12)),
+            (Schedule(name="cosine"), 2, lambda t: 0.05 * (1 + math.cos(math.pi * t / 12))),
+            (Schedule(name="linear", min_lr=0.02), 2, lambda t: 0.02 + 0.08 * (1 - t / 12)),
+            (Schedule(name="cosine", min_lr=0.02), 2, lambda t: 0.02 + 0.04 * (1 + math.cos(math.pi * t / 12))),
+            (Schedule(name="constant"), 2, lambda t: 0.1),
+            # The warm-up climbs from warmup_lr; then the curve is where it would be without.
+            (
+                Schedule(name="linear", warmup_epochs=1, warmup_lr=0.01),
+                3,
+                lambda t: 0.01 + 0.09 * t / 6 if t < 6 else 0.1 * (1 - t / 18),
+            ),
+            (
+                Schedule(name="cosine", warmup_epochs=1, warmup_lr=0.01),
+                3,
+                lambda t: 0.01 + 0.09 * t / 6 if t < 6 else 0.05 * (1 + math.cos(math.pi * t / 18)),
+            ),
+        ],
+        ids=lambda value: str(value) if isinstance(value, Schedule) else None,
+    )
+    def test_follows_its_curve_in_every_step(
+        self, tmp_path: Path, schedule: Schedule, epochs: int, expected: Callable[[int], float]
+    ) -> None:
+        rates = fit(tmp_path, schedule, epochs=epochs).recorder.rates
+        assert all(len(groups) == 1 for groups in rates)
+        # One more than there are steps: what would come after the last, which is the end of the curve.
+        wanted = [expected(t) for t in range(epochs * STEPS + 1)]
+        assert [max(groups) for groups in rates] == pytest.approx(wanted, abs=1e-12)
+
+    def test_goes_on_where_it_was_after_an_interruption(self, tmp_path: Path, finished: Run) -> None:
+        first = fit(tmp_path, Schedule(name="linear"), stop_after=1)
+        assert len(first.reports) == 1
+        first.trainer.save_checkpoint(tmp_path / "last.ckpt")
+        second = fit(tmp_path, Schedule(name="linear"), checkpoint=tmp_path / "last.ckpt")
+        # The first run's list ends with the rate of the step that it did not take.
+        assert first.recorder.rates[:-1] + second.recorder.rates == finished.recorder.rates
+        assert first.reports + second.reports == finished.reports
+        for name, tensor in finished.module.model.state_dict().items():
+            assert torch.equal(second.module.model.state_dict()[name], tensor), name
+
+
+class TestOptimizer:
+    def test_decays_weights_but_neither_biases_nor_batch_norms(self, finished: Run) -> None:
+        decay = {
+            id(parameter): group["weight_decay"]
+            for group in finished.trainer.optimizers[0].param_groups
+            for parameter in group["params"]
+        }
+        found = {name: decay[id(parameter)] for name, parameter in finished.module.model.named_parameters()}
+        assert found == {"0.weight": 0.01, "0.bias": 0, "1.weight": 0, "1.bias": 0, "4.weight": 0.01, "4.bias": 0}
+        assert len(decay) == len(found)
+
+
+class TestLoss:
+    def test_is_smoothed(self, finished: Run) -> None:
+        inputs, targets = (tensor[:BATCH] for tensor in TRAINING.tensors)
+        logits = copy.deepcopy(finished.before).train()(inputs)
+        log_p = logits - logits.exp().sum(1, keepdim=True).log()
+        wanted = F.one_hot(targets, CLASSES) * 0.8 + 0.2 / CLASSES
+        loss = -(wanted * log_p).sum(1).mean().item()
+        assert finished.recorder.losses[0] == pytest.approx(loss, rel=1e-5)
+        unsmoothed = -log_p[torch.arange(BATCH), targets].mean().item()
+        assert abs(loss - unsmoothed) > 1e-3
+
+    def test_reported_is_the_mean_of_the_epochs_steps(self, finished: Run) -> None:
+        losses = finished.recorder.losses
+        assert [report["train_loss"] for report in finished.reports] == pytest.approx(
+            [sum(losses[:STEPS]) / STEPS, sum(losses[STEPS:]) / STEPS], rel=1e-5
+        )
+
+
+class TestMeasures:
+    @pytest.fixture
+    def logits(self, finished: Run) -> Tensor:
+        with torch.no_grad():
+            logits: Tensor = copy.deepcopy(finished.module.model).eval()(VALIDATION.tensors[0])
+        return logits
+
+    def test_accuracy_is_a_count(self, finished: Run, logits: Tensor) -> None:
+        right = sum(
+            row.index(max(row)) == target
+            for row, target in zip(logits.tolist(), VALIDATION.tensors[1].tolist(), strict=True)
+        )
+        assert 0 < right < IMAGES
+        assert finished.reports[-1]["val_accuracy"] == pytest.approx(right / IMAGES, rel=1e-6)
+
+    def test_top5_is_a_count(self, finished: Run, logits: Tensor) -> None:
+        right = sum(
+            target in sorted(range(CLASSES), key=row.__getitem__)[-5:]
+            for row, target in zip(logits.tolist(), VALIDATION.tensors[1].tolist(), strict=True)
+        )
+        assert 0 < right < IMAGES
+        assert finished.reports[-1]["val_top5"] == pytest.approx(right / IMAGES, rel=1e-6)
+
+    def test_loss_weighs_every_image_alike_and_is_not_smoothed(self, finished: Run, logits: Tensor) -> None:
+        loss = F.nll_loss(logits.log_softmax(1), VALIDATION.tensors[1]).item()
+        assert finished.reports[-1]["val_loss"] == pytest.approx(loss, rel=1e-5)
+
+    def test_of_the_test_part_are_the_same(self, finished: Run, tmp_path: Path) -> None:
+        trainer = pl.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, default_root_dir=tmp_path)
+        (tested,) = trainer.test(finished.module, DataLoader(VALIDATION, BATCH), verbose=False)
+        last = finished.reports[-1]
+        assert tested == pytest.approx({name.replace("val", "test"): last[name] for name in last if "val" in name})
+
+
+class TestReports:
+    def test_one_an_epoch_and_none_of_the_sanity_check(self, finished: Run) -> None:
+        assert finished.trainer.num_sanity_val_steps > 0
+        assert [report["epoch"] for report in finished.reports] == [1, 2]
+
+    def test_nnis_default_metric_is_the_accuracy(self, finished: Run) -> None:
+        assert [report["default"] for report in finished.reports] == [r["val_accuracy"] for r in finished.reports]
+
+    def test_can_be_sent(self, finished: Run) -> None:
+        assert json.loads(json.dumps(finished.reports)) == finished.reports
+
+
+def test_few_classes_need_no_special_case() -> None:
+    module = ImageClassifier(2, {"opt": "sgd"}, {})
+    logits, targets = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]]), torch.tensor([0, 1, 1])
+    module.top1(logits, targets)
+    module.top5(logits, targets)
+    assert module.top1.compute().item() == pytest.approx(2 / 3)
+    assert module.top5.compute().item() == 1
+
+
+def test_an_unknown_optimizer_is_named_before_anything_is_trained() -> None:
+    with pytest.raises(UserError, match=r"timm has no optimizer 'adaam' \(optimizer.name\); did you mean 'adamw?'\?"):
+        ImageClassifier(2, {"opt": "adaam"}, {})
+    ImageClassifier(2, {"opt": "lookahead_sgd"}, {})
