@@ -238,6 +238,8 @@ class CreamRecipe(Recipe):
                 f"cream.warmup_epochs is {self.cream.warmup_epochs}, but the board opens after it and epochs is "
                 f"{self.epochs}: make it smaller"
             )
+        if self.device.devices != 1:
+            raise ValueError(f"device.devices is {self.device.devices}, but a Cream search runs on one device")
         if self.cream.teacher == "matching" and 2 * self.cream.board_images > self.data.batch_size:
             raise ValueError(
                 f"cream.board_images is {self.cream.board_images}, but learning to match takes two slices of that size "

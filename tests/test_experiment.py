@@ -19,6 +19,7 @@ from nni.experiment.config import ExperimentConfig
 
 from nni_cream.architecture import CreamPath
 from nni_cream.experiment import _free_port
+from tests.conftest import REPOSITORY
 
 NNICTL = [sys.executable, "-m", "nni.tools.nnictl.nnictl"]
 TIMEOUT = 300
@@ -48,7 +49,7 @@ def experiment(tiny: Path) -> Iterator[str]:
     subprocess.run([*NNICTL, "stop", found.group(1)], capture_output=True, check=True)
 
 
-@pytest.mark.parametrize("name", ["cream.yml"])
+@pytest.mark.parametrize("name", sorted(file.name for file in (REPOSITORY / "experiments").glob("*.yml")))
 def test_shipped_experiments_are_valid_for_nni(repository: Path, name: str) -> None:
     config = ExperimentConfig.load(repository / "experiments" / name)
     config.validate()

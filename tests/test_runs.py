@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 import stat
+import tempfile
 from importlib import metadata
 from pathlib import Path
 
@@ -155,11 +156,19 @@ class TestRunDirectory:
         assert "None" not in message
         assert contents(tmp_path) == {"file": "in the way"}
 
-    @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write anywhere")
-    def test_that_is_read_only(self, tmp_path: Path) -> None:
-        tmp_path.chmod(0o500)
-        with pytest.raises(UserError, match="cannot be written: Permission denied"):
-            RunDirectory(tmp_path / "run").begin("name: a\n", seed=7)
+    def test_that_is_read_only(self) -> None:
+        # Root may write anywhere, so root becomes nobody for a moment; a folder of pytest's would be closed to nobody.
+        nobody = 65534
+        with tempfile.TemporaryDirectory() as folder:
+            Path(folder).chmod(0o555)
+            if root := os.geteuid() == 0:
+                os.seteuid(nobody)
+            try:
+                with pytest.raises(UserError, match="cannot be written: Permission denied"):
+                    RunDirectory(Path(folder) / "run").begin("name: a\n", seed=7)
+            finally:
+                if root:
+                    os.seteuid(0)
 
 
 class TestNewestSearch:

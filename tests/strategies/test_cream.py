@@ -29,7 +29,8 @@ from torch.utils.data import TensorDataset
 from nni_cream.board import BoardEntry
 from nni_cream.cost import measure_network
 from nni_cream.errors import UserError
-from nni_cream.strategies.cream import CreamLightningModule, CreamStrategy
+from nni_cream.strategies.cream import CreamStrategy
+from nni_cream.strategies.cream_module import CreamLightningModule
 from tests.reference import run_through
 
 # NNI says so of every evaluator, and Lightning of every small run.

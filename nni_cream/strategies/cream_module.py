@@ -1,0 +1,426 @@
+"""The Cream search as a Lightning module: what a step, an epoch, and the end of a search do.
+
+Source: Peng et al., "Cream of the Crop: Distilling Prioritized Paths For One-Shot Neural Architecture Search",
+NeurIPS 2020. Where the published code departs from its own description we follow the description; ``docs/cream.md``
+lists each case.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import nni
+import numpy as np
+import torch
+import torch.nn.functional as F
+from nni.mutable import Sample
+from nni.nas.evaluator.pytorch import LightningModule
+from nni.nas.oneshot.pytorch.base_lightning import BaseOneShotLightningModule
+from torch import Tensor, nn
+from torchmetrics import MeanMetric
+
+from nni_cream.board import BoardEntry, PrioritizedBoard
+from nni_cream.cost import Cost, CostTable
+from nni_cream.errors import UserError
+from nni_cream.matching import MatchingLayer, matching_gradient
+from nni_cream.sampling import Path, PathSampler, Prior
+from nni_cream.supernet.batch_norm import batch_statistics, recalibrated
+from nni_cream.supernet.paths import PathSpace, activate
+
+# Paths that are measured at the end of an epoch while nothing is on the board yet.
+_PROBES = 3
+_TOP1_WEIGHT = 0.5
+
+
+@dataclass(frozen=True)
+class RankedPath:
+    """A path after the search: its accuracy in [0, 1] on held-out images with batch norms of its own, and its cost."""
+
+    sample: dict[str, Any]
+    accuracy: float
+    cost: Cost
+
+
+@dataclass(frozen=True)
+class CreamSettings:
+    """What :class:`CreamStrategy` is told; the attributes are described there."""
+
+    board_size: int
+    board_images: int
+    admission_gap: float
+    warmup_epochs: int
+    prior: Literal["even", "board"] | Sequence[float]
+    teacher: Literal["matching", "top1", "none"]
+    flops_range: tuple[float, float] | None
+    label_smoothing: float
+    meta_interval: int
+    matching_lr: float
+    recalibration_batches: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class Teaching:
+    """Who teaches a step, and the weight ρ of the teaching, a scalar."""
+
+    entry: BoardEntry
+    weight: Tensor
+
+
+class CreamLightningModule(BaseOneShotLightningModule):
+    """The search itself; see :class:`CreamStrategy`.
+
+    Args:
+        training_module: the evaluator's module. Its ``forward`` gives logits, its ``configure_optimizers`` the
+            optimizer and the schedule of the weights.
+        settings: as given to the strategy.
+        paths: the choices of the space.
+        table: what each choice costs.
+        num_classes: length of the logits.
+        ranking_batches: held-out batches for the final ranking.
+    """
+
+    def __init__(
+        self,
+        training_module: LightningModule,
+        settings: CreamSettings,
+        paths: PathSpace,
+        table: CostTable,
+        num_classes: int,
+        ranking_batches: Any,
+    ) -> None:
+        super().__init__(training_module)
+        self.settings = settings
+        self.paths = paths
+        self.table = table
+        self.board = PrioritizedBoard(settings.board_size, settings.admission_gap)
+        self.matching = MatchingLayer(settings.board_images, num_classes)
+        self.ranking: list[RankedPath] = []
+        self._ranking_batches = ranking_batches
+        self._generator = np.random.default_rng(settings.seed)
+        low, high = settings.flops_range or (table.cheapest, table.dearest)
+        costs = [[cost.macs for cost in self._options(label)] for label in paths.labels]
+        self.sampler = PathSampler(costs, table.fixed.macs, low, high)
+        self._board_prior: tuple[tuple[BoardEntry, ...], Prior] | None = None
+        self._fixed_prior = self._given_prior()
+        self._held_out: Iterator[tuple[Tensor, Tensor]] | None = None
+        self._held_out_position = 0
+        self._typical_accuracy = 0.0
+        self._steps = 0
+        self._train_loss = MeanMetric()
+        self._train_accuracy = MeanMetric()
+        self._measured: list[Path] = []
+        self._correct: list[Tensor] = []
+        self._seen = 0
+
+    # Paths and their prior.
+
+    def _options(self, label: str) -> Sequence[Cost]:
+        # A choice without layers of its own (an InputChoice) costs nothing.
+        return self.table.choices.get(label, (Cost(0, 0),) * len(self.paths.values[label]))
+
+    def _given_prior(self) -> Prior:
+        given = self.settings.prior
+        prior = [[1.0 / size] * size for size in self.paths.sizes]
+        if isinstance(given, str):
+            return prior
+        if not any(size == len(given) for size in self.paths.sizes):
+            raise UserError(
+                f"The prior has {len(given)} probabilities, but the choices of this space have "
+                f"{sorted(set(self.paths.sizes))} candidates."
+            )
+        total = float(sum(given))
+        return [[p / total for p in given] if len(row) == len(given) else row for row in prior]
+
+    @property
+    def prior(self) -> Prior:
+        """The probabilities that the next path is drawn from, before the FLOPs interval is imposed."""
+        if self.settings.prior != "board":
+            return self._fixed_prior
+        if self._board_prior is None or self._board_prior[0] is not self.board.entries:
+            self._board_prior = (self.board.entries, self.board.frequencies(self.paths.sizes))
+        return self._board_prior[1]
+
+    def _activate(self, path: Path) -> None:
+        activate(self.supernet_modules(), self.paths.to_sample(path))
+
+    def resample(self) -> Sample:
+        """Draw a path inside the FLOPs interval and activate it."""
+        path = self.sampler.draw(self.prior, self._generator)
+        self._activate(path)
+        return self.paths.to_sample(path)
+
+    # Training.
+
+    def configure_architecture_optimizers(self) -> torch.optim.Optimizer | None:
+        """Return the optimizer of the matching layer, if there is one to train."""
+        if self.settings.teacher != "matching":
+            return None
+        return torch.optim.SGD(self.matching.parameters(), lr=self.settings.matching_lr, momentum=0.9, nesterov=True)
+
+    def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
+        """Let the evaluator's module decide how its schedule steps."""
+        self.training_module.lr_scheduler_step(scheduler, metric)
+
+    def on_fit_start(self) -> None:
+        """Check that the board gets a chance before anything is trained."""
+        super().on_fit_start()
+        epochs = self.trainer.max_epochs
+        if epochs is not None and 0 <= epochs <= self.settings.warmup_epochs:
+            raise UserError(
+                f"The board opens after {self.settings.warmup_epochs} warm-up epochs, but training lasts {epochs}: "
+                "no path could ever enter it; set cream.warmup_epochs below epochs."
+            )
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """Train one path for one batch."""
+        images, targets = batch
+        if len(images) < self.settings.board_images:
+            raise UserError(
+                f"board_images is {self.settings.board_images}, but a training batch has only {len(images)} images: "
+                "make it smaller, or the batch larger."
+            )
+        path = self.paths.to_path(self.resample())
+        if self.settings.teacher == "matching" and self.board.entries and self._meta_step_is_due():
+            self._meta_step(path, images, targets, batch_idx)
+
+        teaching = self._choose_teacher() if self.board.entries else None
+        soft_targets = self._ask_teacher(teaching, path, images) if teaching else None
+        logits = self.training_module(images)
+        loss = F.cross_entropy(logits, targets, label_smoothing=self.settings.label_smoothing)
+        if teaching and soft_targets is not None:
+            weight = teaching.weight.detach()
+            loss = (weight * F.cross_entropy(logits, soft_targets) + (2 - weight) * loss) / 2
+            self.log("teaching_weight", weight, on_step=True, on_epoch=True)
+        self.advance_optimization(loss, batch_idx)
+        self.advance_lr_schedulers(batch_idx)
+        self._steps += 1
+
+        accuracy = _percent_correct(logits, targets)
+        self._train_loss.update(loss.detach())
+        self._train_accuracy.update(accuracy / 100)
+        self.log("train_loss", loss.detach(), prog_bar=True)
+        self.log("train_accuracy", accuracy / 100)
+        if self.trainer.current_epoch >= self.settings.warmup_epochs:
+            self._consider(path, images, logits.detach(), accuracy)
+        return loss.detach()
+
+    def _meta_step_is_due(self) -> bool:
+        return self._steps > 0 and self._steps % self.settings.meta_interval == 0
+
+    def _choose_teacher(self) -> Teaching | None:
+        """Pick the entry that teaches the active path."""
+        entries = self.board.entries
+        if self.settings.teacher == "none":
+            return None
+        if self.settings.teacher == "top1":
+            return Teaching(entries[0], torch.tensor(_TOP1_WEIGHT, device=self.device))
+        with torch.no_grad(), batch_statistics(self.model):
+            # A board from a checkpoint lies on the CPU.
+            answers = torch.stack([self.training_module(e.images.to(self.device)).softmax(-1) for e in entries])
+        stored = torch.stack([entry.features for entry in entries])
+        logits = self.matching(answers, stored.to(answers))
+        best = int(logits.argmax())
+        return Teaching(entries[best], logits[best].sigmoid())
+
+    def _ask_teacher(self, teaching: Teaching, student: Path, images: Tensor) -> Tensor:
+        """Return the teacher's class probabilities for ``images``, and leave the student active."""
+        self._activate(teaching.entry.path)
+        with torch.no_grad(), batch_statistics(self.model):
+            answers: Tensor = self.training_module(images).softmax(-1)
+        self._activate(student)
+        return answers
+
+    def _meta_step(self, path: Path, images: Tensor, targets: Tensor, batch_idx: int) -> None:
+        """Teach the student on one slice, see what that does on another, and move the matching layer accordingly."""
+        size = self.settings.board_images
+        if len(images) < 2 * size:
+            return
+        teaching = self._choose_teacher()
+        assert teaching is not None
+        soft_targets = self._ask_teacher(teaching, path, images[:size])
+        weights = [p for p in self.model.parameters() if p.requires_grad]
+        teaching_loss = F.cross_entropy(self.training_module(images[:size]), soft_targets)
+        gradients = torch.autograd.grad(teaching_loss, weights, allow_unused=True, retain_graph=True)
+        drawn = [(p, g) for p, g in zip(weights, gradients, strict=True) if g is not None]
+        learning_rate = self._weight_optimizer().param_groups[0]["lr"]
+        self.advance_optimization(teaching.weight.detach() * teaching_loss, batch_idx)
+
+        held_out, labels = images[size : 2 * size], targets[size : 2 * size]
+        validation_loss = F.cross_entropy(
+            self.training_module(held_out), labels, label_smoothing=self.settings.label_smoothing
+        )
+        validation_gradients = torch.autograd.grad(validation_loss, [p for p, _ in drawn])
+        parameters = list(self.matching.parameters())
+        gradients = matching_gradient(
+            teaching.weight, parameters, [g for _, g in drawn], validation_gradients, learning_rate
+        )
+        optimizer: torch.optim.Optimizer = self.architecture_optimizers().optimizer
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient
+        # Not through Lightning, whose loss scaling (16-mixed) knows nothing of this gradient.
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def _weight_optimizer(self) -> torch.optim.Optimizer:
+        optimizers: list[torch.optim.Optimizer] = self.trainer.optimizers
+        return next(o for o in optimizers if not getattr(o, "is_arch_optimizer", False))
+
+    # The board.
+
+    def _consider(self, path: Path, images: Tensor, logits: Tensor, accuracy: float) -> None:
+        """Admit ``path`` to the board if it deserves a place.
+
+        The accuracy on the batch that it was just trained on only decides whether it is worth measuring: its score is
+        that of a held-out batch, which is the scale on which the entries are measured again after every epoch.
+        """
+        typical, self._typical_accuracy = self._typical_accuracy, 0.9 * self._typical_accuracy + 0.1 * accuracy
+        room = len(self.board) < self.board.capacity
+        if path in self.board or not (room or accuracy > typical):
+            return
+        held_out, targets = self._next_held_out()
+        with torch.no_grad(), batch_statistics(self.model):
+            score = _percent_correct(self.training_module(held_out), targets)
+        macs = self.sampler.cost(path)
+        if self.board.admits(score, macs):
+            count = self.settings.board_images
+            self.board.add(
+                BoardEntry(path, score, macs, images[:count].clone(), logits[:count].float().softmax(-1).clone())
+            )
+
+    def _next_held_out(self) -> tuple[Tensor, Tensor]:
+        if self._held_out is None:
+            loader = self.trainer.val_dataloaders
+            endless = itertools.chain.from_iterable(itertools.repeat(loader))
+            self._held_out = itertools.islice(endless, self._held_out_position % len(loader), None)
+        self._held_out_position += 1
+        return self._moved(next(self._held_out))
+
+    def _moved(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Do with a batch what Lightning does with those of its own loops: right precision, right device."""
+        moved: tuple[Tensor, Tensor] = self.trainer.strategy.batch_to_device(
+            self.trainer.precision_plugin.convert_input(batch)
+        )
+        return moved
+
+    def on_train_epoch_start(self) -> None:
+        """Begin new averages."""
+        super().on_train_epoch_start()
+        self._train_loss.reset()
+        self._train_accuracy.reset()
+
+    def on_validation_epoch_start(self) -> None:
+        """Decide which paths are measured: those on the board, or a few others while it is empty."""
+        self._measured = [entry.path for entry in self.board.entries]
+        if not self._measured:
+            probes = np.random.default_rng((self.settings.seed, self.trainer.current_epoch))
+            self._measured = [self.sampler.draw(self.prior, probes) for _ in range(_PROBES)]
+        self._correct = [torch.zeros((), device=self.device) for _ in self._measured]
+        self._seen = 0
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        """Measure every path on one held-out batch."""
+        images, targets = batch
+        self._seen += len(images)
+        with batch_statistics(self.model):
+            for path, correct in zip(self._measured, self._correct, strict=True):
+                self._activate(path)
+                correct += (self.training_module(images).argmax(-1) == targets).sum()
+
+    def on_validation_epoch_end(self) -> None:
+        """Give the board its new scores, and report the best accuracy."""
+        if self.trainer.sanity_checking:
+            return
+        shares = [correct.item() / self._seen for correct in self._correct]
+        self.board.rescore({path: 100 * share for path, share in zip(self._measured, shares, strict=True)})
+        self.log("val_accuracy", max(shares), prog_bar=True)
+        self.log("board_size", float(len(self.board)))
+        if not self.trainer.is_global_zero:
+            return
+        nni.report_intermediate_result(
+            {
+                "default": max(shares),
+                "epoch": self.trainer.current_epoch + 1,
+                "val_accuracy": max(shares),
+                "mean_val_accuracy": sum(shares) / len(shares),
+                "train_loss": self._train_loss.compute().item(),
+                "train_accuracy": self._train_accuracy.compute().item(),
+                "board_size": len(self.board),
+            }
+        )
+
+    # The end.
+
+    def on_train_end(self) -> None:
+        """Rank the board on held-out images, each path with batch-norm statistics of its own."""
+        super().on_train_end()
+        ranked = []
+        for entry in self.board.entries:
+            self._activate(entry.path)
+            correct = seen = 0
+            with recalibrated(self.model, self._calibration_images()), torch.no_grad():
+                for batch in self._ranking_batches:
+                    images, targets = self._moved(batch)
+                    correct += int((self.training_module(images).argmax(-1) == targets).sum())
+                    seen += len(images)
+            ranked.append(RankedPath(self.paths.to_sample(entry.path), correct / seen, self.cost(entry.path)))
+        self.ranking = sorted(ranked, key=lambda path: (-path.accuracy, path.cost.macs, str(path.sample)))
+
+    def on_fit_end(self) -> None:
+        """Report the best path. The evaluator's own report is of no single path and is left out."""
+        if self.trainer.is_global_zero and self.ranking:
+            best = self.ranking[0]
+            nni.report_final_result(
+                {"default": best.accuracy, "flops": best.cost.macs, "params": best.cost.params, "path": best.sample}
+            )
+
+    def cost(self, path: Path) -> Cost:
+        """Return what the network of ``path`` costs."""
+        chosen = (self._options(label)[i] for label, i in zip(self.paths.labels, path, strict=True))
+        return sum(chosen, start=self.table.fixed)
+
+    def calibrated_network(self, sample: dict[str, Any]) -> nn.Module:
+        """Return a copy of the network of ``sample`` with its shared weights and batch-norm statistics of its own."""
+        activate(self.supernet_modules(), sample)
+        with recalibrated(self.model, self._calibration_images()):
+            # freeze() hands out the chosen candidates themselves, whose statistics are put back in a moment.
+            network: nn.Module = copy.deepcopy(self.model.freeze(sample))
+        return network
+
+    def _calibration_images(self) -> Iterator[Tensor]:
+        batches = itertools.islice(self.trainer.train_dataloader, self.settings.recalibration_batches)
+        for batch in batches:
+            yield self._moved(batch)[0]
+
+    def export(self) -> Sample:
+        """Return the best path as an NNI sample."""
+        if not self.ranking:
+            raise RuntimeError("The search has not ended, so there is no best path yet.")
+        return dict(self.ranking[0].sample)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep what Lightning does not know of."""
+        checkpoint["cream"] = {
+            "board": self.board.state_dict(),
+            "generator": self._generator.bit_generator.state,
+            "held_out_position": self._held_out_position,
+            "typical_accuracy": self._typical_accuracy,
+            "steps": self._steps,
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Restore what :meth:`on_save_checkpoint` kept."""
+        state = checkpoint["cream"]
+        self.board.load_state_dict(state["board"])
+        self._generator.bit_generator.state = state["generator"]
+        self._held_out_position = state["held_out_position"]
+        self._typical_accuracy = state["typical_accuracy"]
+        self._steps = state["steps"]
+
+
+def _percent_correct(logits: Tensor, targets: Tensor) -> float:
+    return 100.0 * (logits.argmax(-1) == targets).float().mean().item()
