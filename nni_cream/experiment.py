@@ -10,6 +10,7 @@ epoch of every trial, in the end the best result, and it exits with 1 if no tria
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import re
 import socket
@@ -88,7 +89,8 @@ def _follow(experiment: Experiment) -> bool:
                 if report.type == "PERIODICAL" and (trial, report.sequence) not in shown:
                     shown.add((trial, report.sequence))
                     _print_epoch(trial, report.data)
-        if status in {"DONE", "ERROR", "STOPPED"} and all(trial.status in _ENDED for trial in trials):
+        ended = status == "DONE" and all(trial.status in _ENDED for trial in trials)
+        if ended or status in {"ERROR", "STOPPED"}:
             return _conclude(trials, metrics)
         time.sleep(_POLL_SECONDS)
 
@@ -103,7 +105,7 @@ def _conclude(trials: list[Any], metrics: dict[str, list[Any]]) -> bool:
     results = {}
     for trial in trials:
         finals = [report for report in metrics.get(trial.trialJobId, []) if report.type == "FINAL"]
-        if trial.status == "SUCCEEDED" and finals:
+        if trial.status == "SUCCEEDED" and finals and math.isfinite(_score(finals[-1].data)):
             results[trial.trialJobId] = finals[-1].data
         else:
             print(f"trial {trial.trialJobId} ended as {trial.status}; its folder is {trial.logPath}", file=sys.stderr)
@@ -112,11 +114,7 @@ def _conclude(trials: list[Any], metrics: dict[str, list[Any]]) -> bool:
         print("error: no trial succeeded.", file=sys.stderr)
         return False
 
-    def score(trial: str) -> float:
-        value = results[trial]
-        return float(value["default"] if isinstance(value, dict) else value)
-
-    best = max(results, key=score)
+    best = max(results, key=lambda trial: _score(results[trial]))
     value = results[best]
     print(f"best of {len(results)} finished trials: {best}")
     if isinstance(value, dict):
@@ -125,10 +123,14 @@ def _conclude(trials: list[Any], metrics: dict[str, list[Any]]) -> bool:
                 number = value[name]
                 text = f"{number:,}" if isinstance(number, int) else number
                 print(f"{name + ':':<10} {text}{unit}")
-    print(f"accuracy:  {score(best):.4f} with shared weights, on held-out images")
+    print(f"accuracy:  {_score(value):.4f} with shared weights, on held-out images")
     folder = next(trial.logPath for trial in trials if trial.trialJobId == best)
     print(f"folder:    {folder}", flush=True)
     return True
+
+
+def _score(result: Any) -> float:
+    return float(result["default"] if isinstance(result, dict) else result)
 
 
 def _print_log(folder: Path) -> None:

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ import yaml
 from nni.experiment.config import ExperimentConfig
 
 from nni_cream.architecture import CreamPath
-from nni_cream.experiment import _free_port
+from nni_cream.experiment import _conclude, _free_port
 from tests.conftest import REPOSITORY
 
 NNICTL = [sys.executable, "-m", "nni.tools.nnictl.nnictl"]
@@ -108,6 +109,28 @@ def test_the_runner_fails_when_no_trial_succeeds(tiny: Path) -> None:
     assert "no trial succeeded" in result.stderr
     # What the trial said is shown: the tuner's keys are checked like any other setting.
     assert "'optimizer.learning_rate' is not a setting; did you mean 'optimizer." in result.stderr
+
+
+def trial(name: str, status: str) -> SimpleNamespace:
+    return SimpleNamespace(trialJobId=name, status=status, logPath="/nowhere")
+
+
+def final(value: object) -> SimpleNamespace:
+    return SimpleNamespace(type="FINAL", data=value)
+
+
+def test_the_best_finite_result_of_a_finished_trial_wins(capsys: pytest.CaptureFixture[str]) -> None:
+    trials = [trial("a", "SUCCEEDED"), trial("b", "SUCCEEDED"), trial("c", "SUCCEEDED"), trial("d", "FAILED")]
+    metrics = {
+        "a": [final({"default": 0.5, "path": "[[0]]"})],
+        "b": [final({"default": 0.75, "path": "[[1]]"})],
+        "c": [final({"default": float("nan")})],
+        "d": [final({"default": 0.9})],
+    }
+    assert _conclude(trials, metrics)
+    assert "best of 2 finished trials: b" in capsys.readouterr().out
+    # A trial that reports NaN is a success for NNI, and for nobody else.
+    assert not _conclude(trials[2:], metrics)
 
 
 def test_the_runner_says_what_is_wrong_with_the_yaml(tiny: Path) -> None:
