@@ -179,11 +179,8 @@ class CreamLightningModule(BaseOneShotLightningModule):
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """Train one path for one batch."""
         images, targets = batch
-        if len(images) < self.settings.board_images:
-            raise UserError(
-                f"board_images is {self.settings.board_images}, but a training batch has only {len(images)} images: "
-                "make it smaller, or the batch larger."
-            )
+        if batch_idx == 0:
+            self._check_batch(len(images))
         path = self.paths.to_path(self.resample())
         if self.settings.teacher == "matching" and self.board.entries and self._meta_step_is_due():
             self._meta_step(path, images, targets, batch_idx)
@@ -208,6 +205,15 @@ class CreamLightningModule(BaseOneShotLightningModule):
         if self.trainer.current_epoch >= self.settings.warmup_epochs:
             self._consider(path, images, logits.detach(), accuracy)
         return loss.detach()
+
+    def _check_batch(self, size: int) -> None:
+        # Only for the first batch: the last one of an epoch may well be smaller, and is left out of both uses.
+        kept = self.settings.board_images
+        if size < (2 * kept if self.settings.teacher == "matching" else kept):
+            raise UserError(
+                f"board_images is {kept}, but a batch has {size} images; an entry keeps that many of them, and "
+                "learning to match takes two slices of that size: make it smaller, or the batch larger."
+            )
 
     def _meta_step_is_due(self) -> bool:
         return self._steps > 0 and self._steps % self.settings.meta_interval == 0
@@ -280,7 +286,7 @@ class CreamLightningModule(BaseOneShotLightningModule):
         """
         typical, self._typical_accuracy = self._typical_accuracy, 0.9 * self._typical_accuracy + 0.1 * accuracy
         room = len(self.board) < self.board.capacity
-        if path in self.board or not (room or accuracy > typical):
+        if len(images) < self.settings.board_images or path in self.board or not (room or accuracy > typical):
             return
         held_out, targets = self._next_held_out()
         with torch.no_grad(), batch_statistics(self.model):

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import fcntl
 import json
+import os
+import pty
 import signal
+import struct
 import subprocess
 import sys
+import termios
 from pathlib import Path
 
 import pytest
@@ -79,6 +85,24 @@ def test_the_same_seed_finds_the_same_weights(repository: Path, searched: Path) 
     first = load_file(searched / "runs/tiny/child.safetensors")
     second = load_file(searched / "again/child.safetensors")
     assert all(tensor.equal(second[name]) for name, tensor in first.items())
+
+
+def test_a_person_at_a_terminal_sees_a_progress_bar_and_no_lines(repository: Path, tmp_path: Path) -> None:
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 150, 0, 0))
+    recipe = repository / "tests/experiments/tiny_recipe.yml"
+    full = command(repository, "search_cream.py", "--recipe", str(recipe))
+    with subprocess.Popen(full, cwd=tmp_path, stdout=theirs, stderr=theirs) as process:
+        os.close(theirs)
+        seen = b""
+        # Linux ends the reading with an error once nobody holds the other end.
+        with contextlib.suppress(OSError):
+            while part := os.read(ours, 65536):
+                seen += part
+    os.close(ours)
+    assert process.returncode == 0
+    assert b"Epoch 1: 100%|" in seen
+    assert b"epoch 1, " not in seen
 
 
 def test_a_killed_search_goes_on_where_it_was(repository: Path, tmp_path: Path) -> None:
