@@ -36,7 +36,7 @@ def test_search_and_retraining_on_real_images_reach_98_percent(repository: Path,
     command = [sys.executable, "trials/retrain_child.py"]
     training = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert training.returncode == 0, training.stderr
-    assert words["folder"].strip() in training.stdout.splitlines()[0]
+    assert training.stdout.splitlines()[0].endswith(f"/{Path(words['folder'].strip()).name}/child.json.")
     last = training.stdout.splitlines()[-1]
     assert last.startswith("test accuracy: 0.")
     assert float(last.removeprefix("test accuracy: ")) > 0.98
