@@ -308,10 +308,8 @@ class CreamLightningModule(BaseOneShotLightningModule):
 
     def _moved(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """Do with a batch what Lightning does with those of its own loops: right precision, right device."""
-        moved: tuple[Tensor, Tensor] = self.trainer.strategy.batch_to_device(
-            self.trainer.precision_plugin.convert_input(batch)
-        )
-        return moved
+        images, targets = self.trainer.precision_plugin.convert_input(batch)
+        return images.to(self.device), targets.to(self.device)
 
     def on_train_epoch_start(self) -> None:
         """Begin new averages."""
@@ -364,6 +362,9 @@ class CreamLightningModule(BaseOneShotLightningModule):
     def on_train_end(self) -> None:
         """Rank the board on held-out images, each path with batch-norm statistics of its own."""
         super().on_train_end()
+        self._rank()
+
+    def _rank(self) -> None:
         ranked = []
         for entry in self.board.entries:
             self._activate(entry.path)
@@ -378,6 +379,9 @@ class CreamLightningModule(BaseOneShotLightningModule):
 
     def on_fit_end(self) -> None:
         """Report the best path. The evaluator's own report is of no single path and is left out."""
+        # A search that was interrupted after its last epoch has nothing left to train, and Lightning skips its end.
+        if not self.ranking:
+            self._rank()
         if self.trainer.is_global_zero and self.ranking:
             best = self.ranking[0]
             nni.report_final_result(
