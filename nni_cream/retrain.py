@@ -84,7 +84,9 @@ def retrain(recipe: RetrainRecipe, candidate: Candidate, directory: RunDirectory
         make_loader(validation, data),
         ckpt_path=directory.checkpoint if directory.checkpoint.exists() else None,
     )
-    val_accuracy = trainer.callback_metrics["val_accuracy"].item()
+    # Measured again, because a training that was interrupted after its last epoch has no metrics of it any more.
+    (validated,) = trainer.validate(module, make_loader(validation, data), verbose=False)
+    val_accuracy = validated["val_accuracy"]
     (tested,) = trainer.test(module, make_loader(splits.test, data), verbose=False)
 
     result = {

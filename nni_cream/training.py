@@ -10,6 +10,7 @@ from typing import Any
 import nni
 import torch.nn.functional as F
 from nni.nas.evaluator.pytorch import LightningModule
+from pytorch_lightning.trainer.states import TrainerFn
 from timm.optim._optim_factory import create_optimizer_v2, list_optimizers
 from timm.scheduler.scheduler_factory import create_scheduler_v2
 from torch import Tensor
@@ -85,7 +86,8 @@ class ImageClassifier(LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Report the epoch to NNI."""
-        if self.trainer.sanity_checking or not self.trainer.is_global_zero:
+        training = self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking
+        if not training or not self.trainer.is_global_zero:
             return
         measured = {
             name: value.item() for name, value in self.trainer.callback_metrics.items() if name.startswith("val_")

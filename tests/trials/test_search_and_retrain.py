@@ -156,6 +156,13 @@ def test_retraining_takes_the_newest_search(repository: Path, searched: Path, in
     assert result.stdout.splitlines()[-1] == f"test accuracy: {stored['test_accuracy']:.4f}"
     assert load_file(run / "model.safetensors").keys() == load_file(searched / "runs/tiny/child.safetensors").keys()
 
+    # As if it had been killed after the last epoch: nothing is left to train, and the result is the same.
+    (run / "result.json").unlink()
+    again = subprocess.run(full, cwd=searched, capture_output=True, text=True, timeout=TIMEOUT, check=False)
+    assert again.returncode == 0, again.stderr
+    assert json.loads((run / "result.json").read_text()) == stored
+    assert epochs(run / "metrics.csv") == [1, 2]
+
 
 def test_retraining_without_a_search_says_so_and_trains_the_published_network(repository: Path, tmp_path: Path) -> None:
     full = command(repository, "retrain_child.py", "--set", "epochs=1", "--set", "data.name=digits")
