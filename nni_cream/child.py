@@ -1,11 +1,14 @@
 """The child of a search: the architecture that was found, as a file that retraining reads.
 
 ``child.json`` holds the architecture, what was measured, and the data it was found with; ``child.safetensors`` beside
-it the weights inherited from the supernet. Neither can execute code when read.
+it the weights inherited from the supernet. Neither can execute code when read. A safetensors file of ours, be it beside
+a child or of a training, says by itself what network it is of and which data that is for.
 """
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -15,9 +18,10 @@ from nni_cream.errors import UserError
 from nni_cream.runs import read_json, write_atomically, write_json
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
 FORMAT: Final = "nni_cream.child/1"
+NETWORK_FORMAT: Final = "nni_cream.network/1"
 
 _TYPES: Final[dict[str, type | tuple[type, ...]]] = {
     "num_classes": int,
@@ -56,15 +60,14 @@ class Child:
 
     def save(self, file: Path, network: nn.Module) -> None:
         """Write ``file`` and, first, the weights of ``network`` beside it, each atomically."""
-        from safetensors.torch import save_file
-
-        content = {"format": FORMAT, **asdict(self), "path": self.path.to_lists()}
-        weights = {name: tensor.detach().contiguous().clone() for name, tensor in network.state_dict().items()}
-        notes = {"architecture": str(self.path), "num_classes": str(self.num_classes), "format": FORMAT}
-        write_atomically(
-            file.with_suffix(".safetensors"), lambda temporary: save_file(weights, temporary, metadata=notes)
+        save_network(
+            file.with_suffix(".safetensors"),
+            network,
+            architecture=str(self.path),
+            num_classes=self.num_classes,
+            data=self.data,
         )
-        write_json(file, content)
+        write_json(file, {"format": FORMAT, **asdict(self), "path": self.path.to_lists()})
 
     @classmethod
     def load(cls, file: Path) -> Child:
@@ -100,33 +103,92 @@ class Child:
         return build_child(self.path, num_classes=num_classes or self.num_classes, drop_rate=drop_rate)
 
 
+def save_network(
+    file: Path, network: nn.Module, *, architecture: str, num_classes: int, data: Mapping[str, Any]
+) -> None:
+    """Write the weights of ``network``, and what they are of, as a safetensors file, atomically.
+
+    Args:
+        file: the file.
+        network: the network.
+        architecture: the text of its :class:`CreamPath`, or timm's name of it.
+        num_classes: number of classes that it tells apart.
+        data: settings of the data that they are classes of (``name``, ``folder``, ``resolution``, …).
+    """
+    from safetensors.torch import save_file
+
+    weights = {name: tensor.detach().contiguous().clone() for name, tensor in network.state_dict().items()}
+    notes = {
+        "format": NETWORK_FORMAT,
+        "architecture": architecture,
+        "num_classes": str(num_classes),
+        "data": json.dumps(data, ensure_ascii=False),
+    }
+    write_atomically(file, lambda temporary: save_file(weights, temporary, metadata=notes))
+
+
+def read_network(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read a safetensors file: its weights, and the notes in it.
+
+    Raises:
+        UserError: if it is none.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, "pt") as content:
+            names = content.keys()
+            return {name: content.get_tensor(name) for name in names}, content.metadata() or {}
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{file} is not a safetensors file: {error}.") from None
+
+
 def load_weights(network: nn.Module, file: Path) -> None:
     """Load the weights beside a child file into ``network``.
 
     Raises:
         UserError: if the file is missing, is no safetensors file, or does not fit the network.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+    weights_file = weights_beside(file)
+    weights, _ = read_network(weights_file)
+    fit_weights(network, weights, weights_file, f"the network of {file}")
 
+
+def weights_beside(file: Path) -> Path:
+    """Return the file of the weights that belong to a child file.
+
+    Raises:
+        UserError: if it is missing.
+    """
     weights_file = file.with_suffix(".safetensors")
-    try:
-        weights = load_file(weights_file)
-    except FileNotFoundError:
-        raise UserError(f"There are no weights {weights_file} beside {file}.") from None
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{weights_file} is not a safetensors file: {error}.") from None
+    if not weights_file.exists():
+        raise UserError(f"There are no weights {weights_file} beside {file}.")
+    return weights_file
+
+
+def fit_weights(network: nn.Module, weights: Mapping[str, Any], file: Path, name: str) -> None:
+    """Load ``weights`` into ``network``.
+
+    Args:
+        network: the network.
+        weights: what should be its state dict.
+        file: where they come from, for the error.
+        name: what the network is called there.
+
+    Raises:
+        UserError: if an entry is missing, surplus or of another shape; the network is as before then.
+    """
     expected = network.state_dict()
-    if weights.keys() != expected.keys():
-        odd = sorted(weights.keys() ^ expected.keys())
+    if odd := sorted(weights.keys() ^ expected.keys()):
+        holder = "the file" if odd[0] in weights else "the network"
         raise UserError(
-            f"{weights_file} does not fit the network of {file}: {len(odd)} entries are only in one of them, "
-            f"such as {odd[0]!r}."
+            f"{file} does not fit {name}: {len(odd)} entries are only in one of them, such as {odd[0]!r} of {holder}."
         )
-    for name, tensor in weights.items():
-        if tensor.shape != expected[name].shape:
+    for key, value in weights.items():
+        shape = getattr(value, "shape", None)
+        if shape != expected[key].shape:
+            found = f"is a {type(value).__name__}" if shape is None else f"has shape {list(shape)}"
             raise UserError(
-                f"{weights_file} does not fit: {name!r} has shape {list(tensor.shape)}, but the network needs "
-                f"{list(expected[name].shape)}."
+                f"{file} does not fit {name}: {key!r} {found}, but the network needs {list(expected[key].shape)}."
             )
     network.load_state_dict(weights)

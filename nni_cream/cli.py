@@ -13,8 +13,8 @@ from nni_cream.errors import UserError
 from nni_cream.recipe import parse_override
 
 
-def make_parser(description: str | None, recipe: Path) -> argparse.ArgumentParser:
-    """Return a parser with the options that every trial has."""
+def make_settings_parser(description: str | None, recipe: Path) -> argparse.ArgumentParser:
+    """Return a parser with the options that every command has."""
     parser = argparse.ArgumentParser(description=(description or "").partition("\n")[0])
     parser.add_argument("--recipe", type=Path, default=recipe, help="settings, a YAML file (default: %(default)s)")
     parser.add_argument(
@@ -23,16 +23,27 @@ def make_parser(description: str | None, recipe: Path) -> argparse.ArgumentParse
         metavar="KEY=VALUE",
         action="append",
         default=[],
-        help="change one setting, such as optimizer.lr=0.2; may be repeated",
+        help="change one setting, such as data.batch_size=32; may be repeated",
     )
+    return parser
+
+
+def make_parser(description: str | None, recipe: Path) -> argparse.ArgumentParser:
+    """Return a parser with the options that every trial has: a command that makes a run directory."""
+    parser = make_settings_parser(description, recipe)
     parser.add_argument("--name", help="name of the run, instead of the recipe's")
     parser.add_argument("--output", type=Path, help="run directory (default: $NNI_OUTPUT_DIR, else runs/<name>)")
     return parser
 
 
+def settings_of(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return the settings that ``--set`` changes."""
+    return dict(parse_override(text) for text in arguments.overrides)
+
+
 def overrides_of(arguments: argparse.Namespace) -> dict[str, Any]:
     """Return the settings that the command line, and NNI's tuner after it, change."""
-    overrides = dict(parse_override(text) for text in arguments.overrides)
+    overrides = settings_of(arguments)
     if arguments.name is not None:
         overrides["name"] = arguments.name
     return {**overrides, **tuner_parameters()}

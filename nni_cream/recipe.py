@@ -1,4 +1,4 @@
-"""Recipes: every setting of a search or of a training, typed, in a YAML file.
+"""Recipes: every setting of a search, a training or a test, typed, in a YAML file.
 
 Nothing heavy is imported here, so that a wrong setting is named at once.
 """
@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -29,6 +30,19 @@ from nni_cream.errors import UserError
 Share = Annotated[float, Field(ge=0, le=1)]
 NotNegative = Annotated[float, Field(ge=0)]
 Pair = tuple[PositiveFloat, PositiveFloat]
+Resolution = Annotated[int, Field(ge=8)]
+BatchSize = Annotated[int, Field(ge=2)]
+Workers = Annotated[int, Field(ge=0)]
+
+
+def _known_data_set(name: str) -> str:
+    if name not in DATA_SETS:
+        near = difflib.get_close_matches(name, DATA_SETS, n=1, cutoff=0)[0]
+        raise ValueError(f"there is no data set {name!r}; did you mean {near!r}? Known are {', '.join(DATA_SETS)}")
+    return name
+
+
+DataSetName = Annotated[str, AfterValidator(_known_data_set)]
 
 # What timm builds with Nesterov's momentum, which torch refuses to do with a momentum of 0.
 _NESTEROV = frozenset({"sgd", "sgdw", "sgdc", "nesterov", "nesterovw", "csgdw", "csgdc", "nlars", "nlarc"})
@@ -65,23 +79,18 @@ class Augmentation(Settings):
 class Data(Settings):
     """Which images, how large, and how they are loaded."""
 
-    name: str = "mnist5k"
+    name: DataSetName = "mnist5k"
     folder: Path | None = None
     download: bool = False
-    resolution: Annotated[int, Field(ge=8)] = 32
-    batch_size: Annotated[int, Field(ge=2)] = 64
-    workers: Annotated[int, Field(ge=0)] = 0
+    resolution: Resolution = 32
+    batch_size: BatchSize = 64
+    workers: Workers = 0
     architecture_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
     validation_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
     augmentation: Augmentation = Augmentation()
 
     @model_validator(mode="after")
-    def _known(self) -> Data:
-        if self.name is not None and self.name not in DATA_SETS:
-            near = difflib.get_close_matches(self.name, DATA_SETS, n=1, cutoff=0)[0]
-            raise ValueError(
-                f"there is no data set {self.name!r}; did you mean {near!r}? Known are {', '.join(DATA_SETS)}"
-            )
+    def _images_are_left(self) -> Data:
         if self.architecture_fraction + self.validation_fraction >= 1:
             raise ValueError("architecture_fraction and validation_fraction together leave no images to train on")
         return self
@@ -90,8 +99,8 @@ class Data(Settings):
 class ChildData(Data):
     """As :class:`Data`; what is None is as in the search that found the network."""
 
-    name: str | None = None  # type: ignore[assignment]
-    resolution: Annotated[int, Field(ge=8)] | None = None  # type: ignore[assignment]
+    name: DataSetName | None = None  # type: ignore[assignment]
+    resolution: Resolution | None = None  # type: ignore[assignment]
 
     def completed(self, searched: Mapping[str, Any]) -> Data:
         """Fill in what is None from the data settings of the search, or from the defaults of :class:`Data`.
@@ -101,12 +110,48 @@ class ChildData(Data):
         """
         given = {name: value for name, value in self.model_dump().items() if value is not None}
         inherited = {key: searched[key] for key in ("name", "folder", "resolution") if searched.get(key) is not None}
-        if self.name is not None and self.name != inherited.get("name"):
-            inherited.pop("folder", None)
-        try:
-            return Data.model_validate({**inherited, **given})
-        except ValidationError as error:
-            raise UserError(f"The data settings of the search: {_sentence(error, Data)}") from None
+        return _inherited(given, inherited, "search")
+
+
+class Resizing(Settings):
+    """How test images are resized: an argument of ``timm.data.create_transform``."""
+
+    interpolation: Literal["bilinear", "bicubic"] | None = None
+
+
+class EvaluationData(Settings):
+    """Which images, how large, and how they are loaded; what is None is as stored in the checkpoint."""
+
+    name: DataSetName | None = None
+    folder: Path | None = None
+    download: bool = False
+    resolution: Resolution | None = None
+    batch_size: BatchSize | None = None
+    workers: Workers | None = None
+    augmentation: Resizing = Resizing()
+
+    def completed(self, stored: Mapping[str, Any]) -> Data:
+        """Fill in what is None from ``stored`` data settings, or from the defaults of :class:`Data`.
+
+        Raises:
+            UserError: if they are not data settings.
+        """
+        given = self.model_dump(exclude_none=True)
+        if not given["augmentation"]:
+            del given["augmentation"]
+        # What training was allowed to fetch, it has fetched.
+        inherited = {key: value for key, value in stored.items() if key != "download" and value is not None}
+        return _inherited(given, inherited, "checkpoint")
+
+
+def _inherited(given: dict[str, Any], inherited: dict[str, Any], origin: str) -> Data:
+    """Return data settings of which some are given and others inherited; a folder is of one data set only."""
+    if "name" in given and given["name"] != inherited.get("name"):
+        inherited = {key: value for key, value in inherited.items() if key != "folder"}
+    try:
+        return Data.model_validate({**inherited, **given})
+    except ValidationError as error:
+        raise UserError(f"The data settings of the {origin}: {_sentence(error, Data)}") from None
 
 
 class Optimizer(Settings):
@@ -176,6 +221,9 @@ class Flops(Settings):
 class Space(Settings):
     """Arguments of :class:`search_spaces.cream.CreamSpace` that do not follow from budget and data."""
 
+    dil_conv: bool = False
+    resunit: tuple[Literal["bottleneck", "basic"], ...] = ()
+    skip: bool = False
     aligned: bool = False
 
 
@@ -257,10 +305,24 @@ class RetrainRecipe(Recipe):
     inherit_weights: bool = False
 
 
+class EvaluationRecipe(Settings):
+    """The test of a checkpoint."""
+
+    data: EvaluationData = EvaluationData()
+    device: Device = Device()
+
+    @model_validator(mode="after")
+    def _one_device(self) -> EvaluationRecipe:
+        # On several, some images would count twice, so that every device has as many.
+        if self.device.devices != 1:
+            raise ValueError(f"device.devices is {self.device.devices}, but a checkpoint is tested on one device")
+        return self
+
+
 # Where pydantic's own words are about Python.
 _EXPECTED = {"model_type": "be a group of settings", "path_type": "be a path", "tuple_type": "be a list"}
 
-AnyRecipe = TypeVar("AnyRecipe", bound=Recipe)
+AnyRecipe = TypeVar("AnyRecipe", bound=Settings)
 
 
 def load_recipe(kind: type[AnyRecipe], path: Path, overrides: Mapping[str, Any]) -> AnyRecipe:
@@ -366,7 +428,7 @@ def _sentence(error: ValidationError, kind: type[BaseModel]) -> str:
     return f"'{key}' is {first['input']!r}, but should {expected}."
 
 
-def to_yaml(recipe: Recipe) -> str:
+def to_yaml(recipe: Settings) -> str:
     """Write a recipe as YAML, with every setting in it."""
     text: str = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
     return text

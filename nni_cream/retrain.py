@@ -7,15 +7,14 @@ from pathlib import Path
 
 import pytorch_lightning as pl
 import timm
-from safetensors.torch import save_file
 from torch import nn
 
-from nni_cream.child import Child, load_weights
+from nni_cream.child import Child, load_weights, save_network
 from nni_cream.cost import measure_network
 from nni_cream.errors import UserError
 from nni_cream.recipe import RetrainRecipe, to_yaml
 from nni_cream.reporting import Reporter, on_terminal
-from nni_cream.runs import RunDirectory, read_json, write_atomically, write_json
+from nni_cream.runs import RunDirectory, read_json, write_json
 from nni_cream.search import arrange_in_memory, load_splits, make_loader, make_trainer
 from nni_cream.training import ImageClassifier
 
@@ -89,20 +88,24 @@ def retrain(recipe: RetrainRecipe, candidate: Candidate, directory: RunDirectory
     val_accuracy = validated["val_accuracy"]
     (tested,) = trainer.test(module, make_loader(splits.test, data), verbose=False)
 
+    name = str(child.path) if child else candidate.name
+    settings = data.model_dump(mode="json")
     result = {
-        "network": str(child.path) if child else candidate.name,
+        "network": name,
         "test_accuracy": tested["test_accuracy"],
         "test_top5": tested["test_top5"],
         "val_accuracy": val_accuracy,
         "flops": cost.macs,
         "params": cost.params,
-        "data": data.model_dump(mode="json"),
+        "data": settings,
         "folder": str(directory.path.resolve()),
     }
-    weights = {name: tensor.contiguous() for name, tensor in network.state_dict().items()}
-    notes = {"architecture": result["network"], "num_classes": str(splits.num_classes)}
-    write_atomically(
-        directory.path / "model.safetensors", lambda temporary: save_file(weights, temporary, metadata=notes)
+    save_network(
+        directory.path / "model.safetensors",
+        network,
+        architecture=name,
+        num_classes=splits.num_classes,
+        data=settings,
     )
     write_json(result_file, result)
     # A tuner may steer by the validation part; the test part is for people.

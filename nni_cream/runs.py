@@ -137,7 +137,16 @@ def describe_environment() -> dict[str, Any]:
 
 def newest_search(root: Path = RUNS) -> Path | None:
     """Find the ``child.json`` that was written last below ``root``."""
-    found = sorted(root.glob("**/child.json"), key=lambda path: (path.stat().st_mtime, str(path)))
+    return _newest("child.json", root)
+
+
+def newest_training(root: Path = RUNS) -> Path | None:
+    """Find the ``model.safetensors`` that was written last below ``root``."""
+    return _newest("model.safetensors", root)
+
+
+def _newest(name: str, root: Path) -> Path | None:
+    found = sorted(root.glob(f"**/{name}"), key=lambda path: (path.stat().st_mtime, str(path)))
     return found[-1] if found else None
 
 

@@ -89,9 +89,10 @@ class TestRoundTrip:
     def test_the_weights_tell_what_they_are_of(self, saved: Path) -> None:
         with safe_open(saved.with_suffix(".safetensors"), "pt") as file:
             assert file.metadata() == {
+                "format": "nni_cream.network/1",
                 "architecture": "[[0], [0], [1], [2], [3, 1], [0], [0]]",
                 "num_classes": "7",
-                "format": "nni_cream.child/1",
+                "data": '{"name": "folder", "folder": "Übung", "resolution": 32}',
             }
 
     def test_leaves_nothing_but_the_two_files(self, saved: Path) -> None:
@@ -201,7 +202,7 @@ class TestWrongWeights:
     def test_of_another_network(self, saved: Path) -> None:
         network = nn.Sequential(nn.Linear(2, 3))
         message = self.refusal(network, saved)
-        assert "5 entries are only in one of them, such as '1.bias'" in message
+        assert "5 entries are only in one of them, such as '1.bias' of the file." in message
 
 
 def test_reading_a_child_imports_nothing_heavy(saved: Path) -> None:

@@ -14,9 +14,11 @@ from nni_cream.recipe import (
     ChildData,
     CreamRecipe,
     Data,
+    EvaluationData,
+    EvaluationRecipe,
     Optimizer,
-    Recipe,
     RetrainRecipe,
+    Settings,
     dotted_keys,
     load_recipe,
     parse_override,
@@ -25,12 +27,17 @@ from nni_cream.recipe import (
 
 ROOT = Path(__file__).resolve().parents[1]
 SHIPPED = sorted((ROOT / "experiments" / "recipes").glob("*.yml"))
-KINDS: dict[str, type[Recipe]] = {"search": CreamRecipe, "cream": CreamRecipe, "retrain": RetrainRecipe}
+KINDS: dict[str, type[Settings]] = {
+    "search": CreamRecipe,
+    "cream": CreamRecipe,
+    "retrain": RetrainRecipe,
+    "test": EvaluationRecipe,
+}
 
 SMALLEST = {"name": "a", "epochs": 30, "flops": {"min": 1, "max": 2}}
 
 
-def kind_of(file: Path) -> type[Recipe]:
+def kind_of(file: Path) -> type[Settings]:
     return KINDS[file.name.partition("_")[0]]
 
 
@@ -40,7 +47,7 @@ def write(folder: Path, settings: dict[str, Any]) -> Path:
     return file
 
 
-def refusal(file: Path, overrides: dict[str, Any] | None = None, kind: type[Recipe] = CreamRecipe) -> str:
+def refusal(file: Path, overrides: dict[str, Any] | None = None, kind: type[Settings] = CreamRecipe) -> str:
     with pytest.raises(UserError) as caught:
         load_recipe(kind, file, overrides or {})
     return checked_sentence(str(caught.value))
@@ -55,7 +62,7 @@ def checked_sentence(message: str) -> str:
 
 class TestShippedRecipes:
     def test_there_are_some(self) -> None:
-        assert {kind_of(file) for file in SHIPPED} >= {CreamRecipe, RetrainRecipe}
+        assert {kind_of(file) for file in SHIPPED} >= {CreamRecipe, RetrainRecipe, EvaluationRecipe}
 
     @pytest.mark.parametrize("file", SHIPPED, ids=lambda file: file.name)
     def test_holds_what_is_written_in_it(self, file: Path) -> None:
@@ -405,6 +412,70 @@ class TestDataOfAChild:
         with pytest.raises(UserError, match=str(next(iter(searched.values())))) as caught:
             ChildData().completed(searched)
         assert checked_sentence(str(caught.value)).startswith("The data settings of the search: ")
+
+
+class TestDataOfACheckpoint:
+    @pytest.fixture
+    def stored(self) -> dict[str, Any]:
+        data = Data(
+            name="cifar10",
+            folder=Path("/images"),
+            download=True,
+            resolution=48,
+            batch_size=16,
+            validation_fraction=0.3,
+            augmentation={"interpolation": "bicubic", "hflip": 0.5},
+        )
+        return data.model_dump(mode="json")
+
+    def test_is_what_is_stored_in_it(self, stored: dict[str, Any]) -> None:
+        assert EvaluationData().completed(stored) == Data.model_validate({**stored, "download": False})
+
+    @pytest.mark.parametrize(
+        ("key", "value"),
+        [
+            ("folder", Path("/others")),
+            ("download", True),
+            ("resolution", 64),
+            ("batch_size", 8),
+            ("workers", 2),
+        ],
+    )
+    def test_keeps_what_the_recipe_gives(self, stored: dict[str, Any], key: str, value: Any) -> None:
+        completed = EvaluationData.model_validate({key: value}).completed(stored)
+        assert getattr(completed, key) == value
+        assert completed == EvaluationData().completed(stored).model_copy(update={key: value})
+
+    def test_keeps_how_the_recipe_resizes(self, stored: dict[str, Any]) -> None:
+        given = EvaluationData.model_validate({"augmentation": {"interpolation": "bilinear"}})
+        assert given.completed(stored).augmentation.interpolation == "bilinear"
+
+    def test_takes_the_folder_only_for_the_same_data_set(self, stored: dict[str, Any]) -> None:
+        assert EvaluationData(name="cifar10").completed(stored).folder == Path("/images")
+        other = EvaluationData(name="cifar100").completed(stored)
+        assert (other.name, other.folder, other.resolution) == ("cifar100", None, 48)
+
+    @pytest.mark.parametrize("stored", [{"name": "mnits"}, {"resolution": "large"}, {"colour": "blue"}])
+    def test_that_makes_no_sense(self, stored: dict[str, Any]) -> None:
+        with pytest.raises(UserError, match=r"mnits|large|colour") as caught:
+            EvaluationData().completed(stored)
+        assert checked_sentence(str(caught.value)).startswith("The data settings of the checkpoint: ")
+
+    @pytest.mark.parametrize(
+        ("settings", "expected"),
+        [
+            ({"data": {"name": "mnits"}}, "did you mean 'mnist5k'?"),
+            ({"data": {"validation_fraction": 0.2}}, "'data.validation_fraction' is not a setting"),
+            ({"data": {"augmentation": {"interpolation": "random"}}}, "'data.augmentation.interpolation' is 'random'"),
+            ({"device": {"devices": 2}}, "device.devices is 2, but a checkpoint is tested on one device."),
+            ({"epochs": 3}, "'epochs' is not a setting"),
+        ],
+        ids=str,
+    )
+    def test_is_checked_as_soon_as_the_recipe_is_read(
+        self, tmp_path: Path, settings: dict[str, Any], expected: str
+    ) -> None:
+        assert expected in refusal(write(tmp_path, settings), kind=EvaluationRecipe)
 
 
 def test_checking_a_recipe_imports_nothing_heavy() -> None:
