@@ -21,6 +21,7 @@ from nni_cream.recipe import CreamRecipe, Data, Device, to_yaml
 from nni_cream.reporting import Reporter, on_terminal
 from nni_cream.runs import RunDirectory
 from nni_cream.strategies.cream import CreamStrategy
+from nni_cream.strategies.cream_module import RankedPath
 from nni_cream.training import ImageClassifier
 
 
@@ -40,7 +41,7 @@ def search_cream(recipe: CreamRecipe, directory: RunDirectory) -> Child:
     low, high = recipe.flops.min * million, recipe.flops.max * million
     plan = plan_space(recipe.flops.min, recipe.flops.max, recipe.data.resolution)
     splits = load_splits(recipe.data, recipe.seed)
-    space = CreamSpace(plan.depths, splits.num_classes, aligned=recipe.space.aligned)
+    space = CreamSpace(plan.depths, splits.num_classes, **recipe.space.model_dump())
     arrange_in_memory(space, recipe.device)
     evaluator = Lightning(
         ImageClassifier(splits.num_classes, recipe.optimizer.timm_arguments(), recipe.schedule.timm_arguments()),
@@ -49,8 +50,11 @@ def search_cream(recipe: CreamRecipe, directory: RunDirectory) -> Child:
         val_dataloaders=make_loader(splits.architecture, recipe.data),
         fit_kwargs={"ckpt_path": directory.checkpoint} if directory.checkpoint.exists() else None,
     )
+    settings = recipe.cream.model_dump()
+    if not isinstance(recipe.cream.prior, str):
+        settings["prior"] = space.prior(recipe.cream.prior)
     strategy = CreamStrategy(
-        **recipe.cream.model_dump(),
+        **settings,
         flops_range=(low, high),
         seed=recipe.seed,
         ranking_dataloader=make_loader(splits.validation, recipe.data),
@@ -68,9 +72,13 @@ def search_cream(recipe: CreamRecipe, directory: RunDirectory) -> Child:
     strategy(RawFormatModelSpace.from_model(space, evaluator), engine)
 
     module = strategy.oneshot_module
-    best, *others = module.ranking
+    # Paths that differ only in which blocks of a stage they skip are one architecture; the better one stands for it.
+    found: dict[CreamPath, RankedPath] = {}
+    for ranked in module.ranking:
+        found.setdefault(space.architecture(ranked.sample), ranked)
+    (path, best), *others = found.items()
     child = Child(
-        path=CreamPath.from_sample(best.sample),
+        path=path,
         num_classes=splits.num_classes,
         accuracy=best.accuracy,
         flops=best.cost.macs,
@@ -79,12 +87,12 @@ def search_cream(recipe: CreamRecipe, directory: RunDirectory) -> Child:
         search={"name": recipe.name, "seed": recipe.seed, "epochs": recipe.epochs},
         runners_up=[
             {
-                "path": CreamPath.from_sample(other.sample).to_lists(),
+                "path": path.to_lists(),
                 "accuracy": other.accuracy,
                 "flops": other.cost.macs,
                 "params": other.cost.params,
             }
-            for other in others
+            for path, other in others
         ],
     )
     child.save(result, module.calibrated_network(best.sample))

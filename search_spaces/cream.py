@@ -1,4 +1,4 @@
-"""The Cream supernet as an NNI model space: a ``LayerChoice`` of inverted residuals for every block.
+"""The Cream supernet as an NNI model space: a ``LayerChoice`` of operations for every block.
 
 Source: Peng et al., "Cream of the Crop", NeurIPS 2020. Depth and resolution follow from a FLOPs interval as in the
 published code; the FLOPs of that rule are those of ptflops 0.6 (:func:`nni_cream.cost.ptflops_macs`).
@@ -22,11 +22,14 @@ from nni_cream.cost import ptflops_macs
 from nni_cream.errors import UserError
 from nni_cream.models.cream import (
     CHOICES,
+    DIL_CONVS,
+    OPERATIONS,
+    RESIDUAL_UNITS,
     STAGES,
     STEM_CHANNELS,
     Choice,
+    ResidualUnitKind,
     build_child,
-    make_choice_block,
 )
 
 PAPER_RESOLUTION: Final = 224
@@ -74,7 +77,7 @@ def stage_costs(resolution: int) -> tuple[StageCost, ...]:
 
 def _million_macs(choice: Choice, in_channels: int, out_channels: int, stride: int, size: int) -> float:
     with torch.device("meta"):
-        block = make_choice_block(choice, in_channels, out_channels, stride).eval()
+        block = choice.build(in_channels, out_channels, stride).eval()
         return ptflops_macs(block, torch.empty(1, in_channels, size, size)) / 1e6
 
 
@@ -127,7 +130,7 @@ def plan_space(minimum: float, maximum: float, resolution: int | None = None) ->
 
 @torch.no_grad()
 def align(candidates: Sequence[InvertedResidual]) -> None:
-    """Let the candidates of one block, in the order of :data:`CHOICES`, start as nearly the same function.
+    """Let the inverted residuals of one block, in the order of :data:`CHOICES`, start as nearly the same function.
 
     A narrower candidate gets the first channels of the widest, and a larger kernel has the 3×3 one in its middle and
     zeros around it (which learn like any other weight). The weights come from the wide 3×3 and are copies: nothing is
@@ -151,21 +154,44 @@ class CreamSpace(nas.ModelSpace):
     Args:
         depths: number of blocks of each of the five choice stages, from :func:`plan_space`.
         num_classes: number of classes.
-        aligned: let the candidates of a block start as (nearly) the same function, see :func:`align`. Without it a
-            supernet needs several times the steps before random paths do better than chance; the published one starts
-            without.
+        dil_conv: offer the two dilated convolutions of :data:`nni_cream.models.cream.DIL_CONVS` as well.
+        resunit: kinds of residual units to offer as well, of :data:`nni_cream.models.cream.RESIDUAL_UNITS`.
+        skip: offer, as the last candidate of every block but the first of a stage, to leave the block out, so that the
+            depth is searched too.
+        aligned: let the inverted residuals of a block start as (nearly) the same function, see :func:`align`. Without
+            it a supernet needs several times the steps before random paths do better than chance; the published one
+            starts without.
 
-    Every block of stage s (counted from 1) is a choice labelled ``stage<s>_block<b>`` between the candidates of
-    :data:`nni_cream.models.cream.CHOICES`; the first and the last stage are choices between one candidate each, so
-    that samples, published paths, and state-dict keys (``blocks.<s>.<b>.<choice>.…``) have one form. Stem and head
-    are those of the child networks, so ``space.freeze(sample)`` has the state-dict keys of :meth:`build_child`.
+    Every block of stage s (counted from 1) is a choice labelled ``stage<s>_block<b>``; the first and the last stage are
+    choices between one candidate each, so that samples, published paths, and state-dict keys
+    (``blocks.<s>.<b>.<choice>.…``) have one form. Stem and head are those of the child networks, so
+    ``space.freeze(sample)`` has the state-dict keys of ``build_child(space.architecture(sample))``.
+
+    Raises:
+        UserError: if the depths are not five numbers of at least 1.
     """
 
-    def __init__(self, depths: Sequence[int], num_classes: int, *, aligned: bool = False) -> None:
+    def __init__(
+        self,
+        depths: Sequence[int],
+        num_classes: int,
+        *,
+        dil_conv: bool = False,
+        resunit: Sequence[ResidualUnitKind] = (),
+        skip: bool = False,
+        aligned: bool = False,
+    ) -> None:
         super().__init__()
         if len(depths) != len(STAGES) or any(depth < 1 for depth in depths):
             raise UserError(f"The Cream supernet needs {len(STAGES)} depths of at least 1, not {list(depths)}.")
         self.num_classes = num_classes
+        self.depths = tuple(depths)
+        self.skip = skip
+        self.offered = (
+            *CHOICES,
+            *(DIL_CONVS if dil_conv else ()),
+            *(unit for unit in RESIDUAL_UNITS if unit.kind in resunit),
+        )
         # Stem, first and last stage, and head come from a child network; what lies between is replaced.
         template: Any = build_child(CreamPath(((0,),) * (len(STAGES) + 2)), num_classes=num_classes)
         self.conv_stem = template.conv_stem
@@ -173,13 +199,16 @@ class CreamSpace(nas.ModelSpace):
 
         stages = [self._choose(0, [[template.blocks[0][0]]])]
         in_channels = STEM_CHANNELS
-        candidates: list[list[InvertedResidual]] = []
+        inverted_residuals: list[list[Any]] = []
         for number, (stage, depth) in enumerate(zip(STAGES, depths, strict=True), start=1):
-            blocks = []
+            blocks: list[list[nn.Module]] = []
             for block in range(depth):
                 source, stride = (in_channels, stage.stride) if block == 0 else (stage.channels, 1)
-                blocks.append([make_choice_block(c, source, stage.channels, stride) for c in CHOICES])
-            candidates += blocks
+                candidates: list[nn.Module] = [o.build(source, stage.channels, stride) for o in self.offered]
+                inverted_residuals.append(candidates[: len(CHOICES)])
+                if skip and block > 0:
+                    candidates.append(nn.Identity())
+                blocks.append(candidates)
             stages.append(self._choose(number, blocks))
             in_channels = stage.channels
         stages.append(self._choose(len(STAGES) + 1, [[template.blocks[-1][0]]]))
@@ -191,7 +220,7 @@ class CreamSpace(nas.ModelSpace):
         self.classifier = template.classifier
         efficientnet_init_weights(self)
         if aligned:
-            for block_candidates in candidates:
+            for block_candidates in inverted_residuals:
                 align(block_candidates)
 
     @staticmethod
@@ -207,7 +236,39 @@ class CreamSpace(nas.ModelSpace):
         logits: Tensor = self.classifier(pooled.flatten(1))
         return logits
 
-    @staticmethod
-    def architecture(sample: dict[str, Any]) -> CreamPath:
-        """Return the architecture that ``sample`` stands for."""
-        return CreamPath.from_sample(sample)
+    def freeze(self, sample: dict[str, Any]) -> nn.Module:
+        """Return the network of ``sample`` with the supernet's weights, without the blocks that it leaves out."""
+        frozen: Any = super().freeze(sample)
+        frozen.blocks = nn.Sequential(
+            *(nn.Sequential(*(b for b in stage if not isinstance(b, nn.Identity))) for stage in frozen.blocks)
+        )
+        network: nn.Module = frozen
+        return network
+
+    def prior(self, probabilities: Sequence[float]) -> dict[str, tuple[float, ...]]:
+        """Give every choice the prior of its candidates, as :class:`nni_cream.strategies.CreamStrategy` takes it.
+
+        Args:
+            probabilities: of the operations on offer and, if ``skip`` is on, of leaving the block out. The first block
+                of a stage cannot be left out and takes those of the operations.
+
+        Raises:
+            UserError: if there are more or fewer of them than there are candidates.
+        """
+        if len(probabilities) != len(self.offered) + self.skip:
+            raise UserError(
+                f"The prior has {len(probabilities)} probabilities, but the blocks of this space have "
+                f"{len(self.offered) + self.skip} candidates{', the last of which leaves the block out' * self.skip}."
+            )
+        return {
+            block_label(stage, block): tuple(probabilities[: len(self.offered) + (self.skip and block > 0)])
+            for stage, depth in enumerate(self.depths, start=1)
+            for block in range(depth)
+        }
+
+    def architecture(self, sample: dict[str, Any]) -> CreamPath:
+        """Return the architecture that ``sample`` stands for: operations by their numbers, skipped blocks left out."""
+        numbers = [OPERATIONS.index(operation) for operation in self.offered]
+        first, *stages, last = CreamPath.from_sample(sample).stages
+        chosen = (tuple(numbers[i] for i in stage if i < len(numbers)) for stage in stages)
+        return CreamPath((first, *chosen, last))

@@ -107,6 +107,22 @@ class TestCreamTable:
         sample = CreamPath.parse("[0] [5] [1] [2,3] [4] [3] [0]").to_sample()
         assert table.of(sample) == self.built(sample)
 
+    def test_further_operations_and_skipped_blocks_cost_what_the_child_costs(self) -> None:
+        space = CreamSpace(DEPTHS, 10, dil_conv=True, resunit=("bottleneck", "basic"), skip=True)
+        table = measure_space(space, (3, RESOLUTION, RESOLUTION))
+        base = CreamPath(((0,), *((0,) * depth for depth in DEPTHS), (0,))).to_sample()
+        seen = set()
+        for label, options in table.choices.items():
+            for index in range(6, len(options)):
+                sample = {**base, label: index}
+                with torch.device("meta"):
+                    child = build_child(space.architecture(sample), num_classes=10)
+                assert table.of(sample) == measure_network(child, RESOLUTION)
+                seen.add((label, index))
+        blocks = sum(DEPTHS)
+        assert len(seen) == 4 * blocks + (blocks - len(DEPTHS))
+        assert table.choices["stage3_block1"][10] == Cost(0, 0)
+
     def test_ends_of_the_range(self, table: CostTable) -> None:
         cheapest = CreamPath.parse("[0] [0] [0] [0,0] [0] [0] [0]").to_sample()
         dearest = CreamPath.parse("[0] [5] [5] [5,5] [5] [5] [0]").to_sample()

@@ -54,7 +54,7 @@ def experiment(tiny: Path) -> Iterator[str]:
 def test_shipped_experiments_are_valid_for_nni(repository: Path, name: str) -> None:
     config = ExperimentConfig.load(repository / "experiments" / name)
     config.validate()
-    assert config.trial_gpu_number == 0
+    assert not config.trial_gpu_number  # NNI would wait for a GPU in vain where there is none
     script, recipe = re.findall(r"\S+\.(?:py|yml)", config.trial_command)
     assert (repository / script).is_file()
     assert (repository / recipe).is_file()

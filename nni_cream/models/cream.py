@@ -8,24 +8,72 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models._efficientnet_blocks import InvertedResidual, SqueezeExcite
-from timm.models._efficientnet_builder import decode_arch_def, round_channels
+from timm.models._efficientnet_builder import decode_arch_def, efficientnet_init_weights, round_channels
 from timm.models.mobilenetv3 import MobileNetV3
+from timm.models.resnet import BasicBlock, Bottleneck, downsample_conv
 from torch import nn
 
 from nni_cream.architecture import CreamPath
 from nni_cream.errors import UserError
+from nni_cream.models.operations import DilConv
+
+ResidualUnitKind = Literal["bottleneck", "basic"]
+
+_SQUEEZE_EXCITE = partial(SqueezeExcite, gate_layer="hard_sigmoid", force_act_layer=nn.ReLU, rd_round_fn=round_channels)
 
 
 @dataclass(frozen=True)
 class Choice:
-    """One operation that a block offers: an inverted residual (kernel size, expansion ratio)."""
+    """One operation that every block offers: an inverted residual (kernel size, expansion ratio)."""
 
     kernel: int
     expansion: int
+
+    def build(self, in_channels: int, out_channels: int, stride: int) -> InvertedResidual:
+        """Build it: [N, in, H, W] to [N, out, H / stride, W / stride]."""
+        return InvertedResidual(
+            in_channels,
+            out_channels,
+            dw_kernel_size=self.kernel,
+            stride=stride,
+            exp_ratio=self.expansion,
+            act_layer=nn.SiLU,
+            se_layer=partial(_SQUEEZE_EXCITE, rd_ratio=0.25),  # type: ignore[arg-type]
+        )
+
+
+@dataclass(frozen=True)
+class DilConvChoice:
+    """An operation that blocks may offer besides: a dilated depthwise-separable convolution (kernel size)."""
+
+    kernel: int
+
+    def build(self, in_channels: int, out_channels: int, stride: int) -> DilConv:
+        """Build it: [N, in, H, W] to [N, out, H / stride, W / stride]."""
+        return DilConv(in_channels, out_channels, self.kernel, stride)
+
+
+@dataclass(frozen=True)
+class ResidualUnitChoice:
+    """An operation that blocks may offer besides: a residual unit of ResNet.
+
+    ``bottleneck`` is 1×1, 3×3, 1×1 with a quarter of the output's channels inside, as published; ``basic`` is 3×3, 3×3.
+    """
+
+    kind: ResidualUnitKind
+
+    def build(self, in_channels: int, out_channels: int, stride: int) -> Bottleneck | BasicBlock:
+        """Build it: [N, in, H, W] to [N, out, H / stride, W / stride]."""
+        shortcut = None
+        if stride != 1 or in_channels != out_channels:
+            shortcut = downsample_conv(in_channels, out_channels, kernel_size=1, stride=stride)
+        if self.kind == "bottleneck":
+            return Bottleneck(in_channels, out_channels // Bottleneck.expansion, stride, shortcut)
+        return BasicBlock(in_channels, out_channels, stride, shortcut)
 
 
 @dataclass(frozen=True)
@@ -42,6 +90,11 @@ class Stage:
 
 
 CHOICES: Final = (Choice(3, 4), Choice(3, 6), Choice(5, 4), Choice(5, 6), Choice(7, 4), Choice(7, 6))
+DIL_CONVS: Final = (DilConvChoice(3), DilConvChoice(5))
+RESIDUAL_UNITS: Final = (ResidualUnitChoice("bottleneck"), ResidualUnitChoice("basic"))
+
+# A path names operations by their position here, whether or not the supernet it was found in offered all of them.
+OPERATIONS: Final = (*CHOICES, *DIL_CONVS, *RESIDUAL_UNITS)
 
 STAGES: Final = (
     Stage(channels=24, stride=2, kernel=3, expansion=4),
@@ -55,8 +108,6 @@ STEM_CHANNELS: Final = 16
 FIRST_STAGE: Final = "ds_r1_k3_s1_e1_c16_se0.25"
 LAST_STAGE: Final = "cn_r1_k1_s1_c320_se0.25"
 HEAD_FEATURES: Final = 1280
-
-_SQUEEZE_EXCITE = partial(SqueezeExcite, gate_layer="hard_sigmoid", force_act_layer=nn.ReLU, rd_round_fn=round_channels)
 
 
 @dataclass(frozen=True)
@@ -81,21 +132,11 @@ PUBLISHED: Final = {
 }
 
 
-def make_choice_block(choice: Choice, in_channels: int, out_channels: int, stride: int) -> InvertedResidual:
-    """Build one operation of a choice block: [N, in, H, W] to [N, out, H / stride, W / stride]."""
-    return InvertedResidual(
-        in_channels,
-        out_channels,
-        dw_kernel_size=choice.kernel,
-        stride=stride,
-        exp_ratio=choice.expansion,
-        act_layer=nn.SiLU,
-        se_layer=partial(_SQUEEZE_EXCITE, rd_ratio=0.25),  # type: ignore[arg-type]
-    )
-
-
 def block_strings(path: CreamPath, *, published: bool = False) -> list[list[str]]:
     """Write ``path`` in timm's block notation, one list a stage.
+
+    The notation has no word for the operations beyond :data:`CHOICES`; :func:`build_child` puts them in place of the
+    stage table's own block, which stands for them here.
 
     Args:
         path: seven stages, the first and last ``[0]``.
@@ -113,13 +154,13 @@ def block_strings(path: CreamPath, *, published: bool = False) -> list[list[str]
     for number, (stage, chosen) in enumerate(zip(STAGES, path.stages[1:-1], strict=True), start=1):
         row = []
         for block, index in enumerate(chosen):
-            if index >= len(CHOICES):
+            if index >= len(OPERATIONS):
                 raise UserError(
                     f"Stage {number} of the Cream path names choice {index}, "
-                    f"but choices go from 0 to {len(CHOICES) - 1}."
+                    f"but choices go from 0 to {len(OPERATIONS) - 1}."
                 )
-            choice = CHOICES[index]
-            if published and len(chosen) == 1:
+            choice = OPERATIONS[index]
+            if not isinstance(choice, Choice) or (published and len(chosen) == 1):
                 choice = Choice(stage.kernel, stage.expansion)
             stride = stage.stride if block == 0 else 1
             row.append(f"ir_r1_k{choice.kernel}_s{stride}_e{choice.expansion}_c{stage.channels}_se0.25")
@@ -151,12 +192,25 @@ def build_child(
     Raises:
         UserError: as :func:`block_strings`.
     """
-    return MobileNetV3(
+    network = MobileNetV3(
         num_classes=num_classes,
         drop_rate=drop_rate,
         drop_path_rate=drop_path_rate,
         **network_arguments(block_strings(path)),
     )
+    blocks: Any = network.blocks
+    for stage, chosen in zip(blocks, path.stages, strict=True):
+        for position, index in enumerate(chosen):
+            if index >= len(CHOICES):
+                placeholder = stage[position]
+                block: Any = OPERATIONS[index].build(
+                    placeholder.conv_pw.in_channels, placeholder.conv_pwl.out_channels, placeholder.conv_dw.stride[0]
+                )
+                efficientnet_init_weights(block)
+                if isinstance(block, Bottleneck | BasicBlock):
+                    block.drop_path = placeholder.drop_path
+                stage[position] = block
+    return network
 
 
 default_cfgs = generate_default_cfgs(

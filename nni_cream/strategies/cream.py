@@ -6,7 +6,7 @@ NeurIPS 2020.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import nni
@@ -42,8 +42,9 @@ class CreamStrategy(OneShotStrategy):
         board_images: images kept with an entry; also the size of the two slices of a meta step.
         admission_gap: points of accuracy by which a dearer path must beat the worst entry.
         warmup_epochs: epochs before the board opens.
-        prior: ``"even"``; ``"board"``, the frequencies on the board; or the probabilities of the candidates, which
-            apply to every choice with as many candidates.
+        prior: ``"even"``; ``"board"``, the frequencies on the board; the probabilities of the candidates, which apply
+            to every choice with as many candidates; or, by label, the probabilities of each choice's candidates. What
+            no probabilities apply to has an even prior.
         teacher: ``"matching"``; ``"top1"``, the best entry with ρ = 0.5; or ``"none"``, plain single-path training.
         flops_range: hard interval of multiply-accumulates for one image; None for no bound.
         label_smoothing: of the cross entropy with the labels.
@@ -69,7 +70,7 @@ class CreamStrategy(OneShotStrategy):
         board_images: int = 4,
         admission_gap: float = 5.0,
         warmup_epochs: int = 20,
-        prior: Literal["even", "board"] | Sequence[float] = "even",
+        prior: Literal["even", "board"] | Sequence[float] | Mapping[str, Sequence[float]] = "even",
         teacher: Literal["matching", "top1", "none"] = "matching",
         flops_range: tuple[float, float] | None = None,
         label_smoothing: float = 0.1,

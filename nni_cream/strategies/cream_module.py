@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -53,7 +53,7 @@ class CreamSettings:
     board_images: int
     admission_gap: float
     warmup_epochs: int
-    prior: Literal["even", "board"] | Sequence[float]
+    prior: Literal["even", "board"] | Sequence[float] | Mapping[str, Sequence[float]]
     teacher: Literal["matching", "top1", "none"]
     flops_range: tuple[float, float] | None
     label_smoothing: float
@@ -125,16 +125,30 @@ class CreamLightningModule(BaseOneShotLightningModule):
 
     def _given_prior(self) -> Prior:
         given = self.settings.prior
-        prior = [[1.0 / size] * size for size in self.paths.sizes]
         if isinstance(given, str):
-            return prior
-        if not any(size == len(given) for size in self.paths.sizes):
-            raise UserError(
-                f"The prior has {len(given)} probabilities, but the choices of this space have "
-                f"{sorted(set(self.paths.sizes))} candidates."
-            )
-        total = float(sum(given))
-        return [[p / total for p in given] if len(row) == len(given) else row for row in prior]
+            given = {}
+        elif not isinstance(given, Mapping):
+            given = {label: given for label, values in self.paths.values.items() if len(values) == len(given)}
+            if not given:
+                raise UserError(
+                    f"The prior has {len(self.settings.prior)} probabilities, but the choices of this space have "
+                    f"{sorted(set(self.paths.sizes))} candidates."
+                )
+        for label, probabilities in given.items():
+            size = len(self.paths.values.get(label, ()))
+            if len(probabilities) != size:
+                raise UserError(
+                    f"The prior of the choice {label!r} has {len(probabilities)} probabilities, but "
+                    + (f"it has {size} candidates." if size else "there is no such choice in this space.")
+                )
+            if min(probabilities) < 0 or not sum(probabilities) > 0:
+                raise UserError(
+                    f"The prior of the choice {label!r} is {list(probabilities)}, but probabilities are not negative "
+                    "and not all 0."
+                )
+        even = {label: [1.0] * len(values) for label, values in self.paths.values.items()}
+        rows = [given.get(label, even[label]) for label in self.paths.labels]
+        return [[p / sum(row) for p in row] for row in rows]
 
     @property
     def prior(self) -> Prior:

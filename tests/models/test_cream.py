@@ -6,13 +6,24 @@ from typing import Any
 import pytest
 import timm
 import torch
+from timm.layers import DropPath
 from torch import nn
+from torchvision.models import resnet
 
 import nni_cream  # noqa: F401 (registers the networks)
 from nni_cream.architecture import CreamPath
 from nni_cream.cost import measure_network, ptflops_macs
 from nni_cream.errors import UserError
-from nni_cream.models.cream import CHOICES, PUBLISHED, block_strings, build_child
+from nni_cream.models.cream import (
+    CHOICES,
+    OPERATIONS,
+    PUBLISHED,
+    DilConvChoice,
+    ResidualUnitChoice,
+    ResidualUnitKind,
+    block_strings,
+    build_child,
+)
 from tests.reference import apply_rule, golden, standard_normal, use_exact_gates
 
 REFERENCE: dict[str, Any] = golden("cream/a_childnets.json")
@@ -175,7 +186,7 @@ def test_child_keeps_its_drop_rates() -> None:
         ("[0] [3] [3] [3] [3] [3] [3] [0]", "has 8 stages, but the stage table has 7"),
         ("[1] [3] [3] [3] [3] [3] [0]", "must begin and end with"),
         ("[0] [3] [3] [3] [3] [3] [0,0]", "must begin and end with"),
-        ("[0] [3] [3,6] [3] [3] [3] [0]", "Stage 2 of the Cream path names choice 6, but choices go from 0 to 5"),
+        ("[0] [3] [3,10] [3] [3] [3] [0]", "Stage 2 of the Cream path names choice 10, but choices go from 0 to 9"),
     ],
 )
 def test_paths_that_do_not_fit_are_errors(text: str, message: str) -> None:
@@ -185,3 +196,71 @@ def test_paths_that_do_not_fit_are_errors(text: str, message: str) -> None:
 
 def test_choices_are_in_the_published_order() -> None:
     assert [(c.kernel, c.expansion) for c in CHOICES] == [(3, 4), (3, 6), (5, 4), (5, 6), (7, 4), (7, 6)]
+    dilated3, dilated5, bottleneck, basic = OPERATIONS[len(CHOICES) :]
+    assert (dilated3, dilated5) == (DilConvChoice(3), DilConvChoice(5))
+    assert (bottleneck, basic) == (ResidualUnitChoice("bottleneck"), ResidualUnitChoice("basic"))
+
+
+@pytest.mark.parametrize(("in_channels", "out_channels", "stride"), [(16, 24, 2), (24, 24, 1), (80, 96, 1)])
+@pytest.mark.parametrize("kind", ["bottleneck", "basic"])
+def test_residual_units_are_those_of_resnet(
+    kind: ResidualUnitKind, in_channels: int, out_channels: int, stride: int
+) -> None:
+    unit = ResidualUnitChoice(kind).build(in_channels, out_channels, stride).double()
+    apply_rule(unit)
+    shortcut = None
+    if (in_channels, stride) != (out_channels, 1):
+        convolution = nn.Conv2d(in_channels, out_channels, 1, stride, bias=False)
+        shortcut = nn.Sequential(convolution, nn.BatchNorm2d(out_channels))
+    if kind == "bottleneck":
+        expected = resnet.Bottleneck(in_channels, out_channels // 4, stride, shortcut)
+    else:
+        expected = resnet.BasicBlock(in_channels, out_channels, stride, shortcut)
+    expected.double().load_state_dict(unit.state_dict())
+    features = standard_normal(1, 2, in_channels, 7, 7)
+    torch.testing.assert_close(unit(features), expected(features), rtol=0, atol=1e-12)
+
+
+class TestFurtherOperations:
+    PATH = CreamPath.parse("[0] [6,8] [9] [7,3,6] [8] [1,9] [0]")
+
+    def test_each_stands_where_the_path_has_it(self) -> None:
+        network = build_child(self.PATH, num_classes=10)
+        kinds = [[type(block).__name__ for block in stage] for stage in network.blocks]
+        assert kinds[1:-1] == [
+            ["DilConv", "Bottleneck"],
+            ["BasicBlock"],
+            ["DilConv", "InvertedResidual", "DilConv"],
+            ["Bottleneck"],
+            ["InvertedResidual", "BasicBlock"],
+        ]
+        kernels = [block.op[1].kernel_size[0] for stage in network.blocks for block in stage if hasattr(block, "op")]
+        assert kernels == [3, 5, 3]
+
+    def test_resolution_falls_as_without_them(self) -> None:
+        network = build_child(self.PATH, num_classes=10)
+        features = network.bn1(network.conv_stem(torch.zeros(1, 3, 64, 64)))
+        sizes = []
+        for stage in network.blocks:
+            features = stage(features)
+            sizes.append(tuple(features.shape[1:]))
+        assert sizes == [
+            (16, 32, 32), (24, 16, 16), (40, 8, 8), (80, 4, 4), (96, 4, 4), (192, 2, 2), (320, 2, 2)
+        ]  # fmt: skip
+
+    def test_residual_units_have_the_drop_path_of_their_depth(self) -> None:
+        network = build_child(self.PATH, num_classes=10, drop_path_rate=0.2)
+        rates = [
+            block.drop_path.drop_prob
+            for stage in network.blocks[1:-1]
+            for block in stage
+            if isinstance(getattr(block, "drop_path", None), DropPath)
+        ]
+        assert len(rates) == 6  # four residual units and two inverted residuals; a dil_conv has nothing to drop
+        assert rates == sorted(set(rates))
+
+    def test_weights_are_initialised_as_those_of_other_blocks(self) -> None:
+        torch.manual_seed(0)
+        block = build_child(CreamPath.parse("[0] [9] [9] [9] [9] [9] [0]"), num_classes=2).blocks[5][0]
+        # Fan-out, as timm's EfficientNets: a standard deviation of sqrt(2 / (3 * 3 * 192)).
+        assert block.conv2.weight.std().item() == pytest.approx((2 / (9 * 192)) ** 0.5, rel=0.02)

@@ -5,6 +5,7 @@ import functools
 import io
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from nni.nas.experiment import NasExperiment
 from nni.nas.oneshot.pytorch.supermodule.sampling import PathSamplingLayer
 from nni.nas.space import RawFormatModelSpace
 from pytorch_lightning.callbacks import ModelCheckpoint
+from scipy.stats import chisquare
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.data import TensorDataset
@@ -441,6 +443,31 @@ class TestPaths:
     def test_prior_that_fits_no_choice_is_an_error(self, data: TensorDataset) -> None:
         with pytest.raises(UserError, match=r"prior has 6 probabilities, but .* have \[2, 3\] candidates"):
             Search(data, prior=(1 / 6,) * 6).run()
+
+    def test_prior_by_label(self, data: TensorDataset) -> None:
+        drawn = [step.drawn for step in Search(data, prior={"second": (0.0, 3.0)}, teacher="none").run().steps]
+        assert {sample["second"] for sample in drawn} == {1}
+        assert {sample["first"] for sample in drawn} == {0, 1, 2}
+
+    def test_given_prior_is_what_paths_are_drawn_from(self, data: TensorDataset) -> None:
+        prior = {"first": (0.1, 0.6, 0.3), "second": (0.2, 0.8)}
+        module = Search(data, prior=prior, teacher="none").run().module
+        counts = Counter((sample["first"], sample["second"]) for sample in (module.resample() for _ in range(2000)))
+        expected = {(i, j): 2000 * prior["first"][i] * prior["second"][j] for i in range(3) for j in range(2)}
+        assert chisquare([counts[path] for path in expected], list(expected.values())).pvalue > 1e-3
+
+    @pytest.mark.parametrize(
+        ("prior", "message"),
+        [
+            ({"third": (0.5, 0.5)}, "The prior of the choice 'third' has 2 probabilities, but there is no such choice"),
+            ({"first": (0.5, 0.5)}, "The prior of the choice 'first' has 2 probabilities, but it has 3 candidates"),
+            ({"second": (0.0, 0.0)}, r"The prior of the choice 'second' is \[0.0, 0.0\], but .* not all 0"),
+            ((1.0, -0.5), r"The prior of the choice 'second' is \[1.0, -0.5\], but probabilities are not negative"),
+        ],
+    )
+    def test_prior_that_is_none_is_an_error(self, prior: Any, message: str, data: TensorDataset) -> None:
+        with pytest.raises(UserError, match=message):
+            Search(data, prior=prior).run()
 
     def test_prior_from_the_board(self, run: Callable[..., Search]) -> None:
         search = run(prior="board", board_size=2)

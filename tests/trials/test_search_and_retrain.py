@@ -16,7 +16,10 @@ import sys
 import termios
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 pytestmark = pytest.mark.slow
@@ -41,6 +44,11 @@ def searched(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     assert result.returncode == 0, result.stderr
     assert "FLOPs:" in result.stdout
     return folder
+
+
+def blocks_of_the_supernet(checkpoint: Path) -> int:
+    weights = torch.load(checkpoint, weights_only=True)["state_dict"]
+    return len({tuple(name.split("blocks.")[1].split(".")[:2]) for name in weights if "blocks." in name})
 
 
 def epochs(file: Path) -> list[int]:
@@ -137,6 +145,50 @@ def test_a_search_killed_after_its_last_epoch_still_ends(repository: Path, searc
         [expected["path"], *(r["path"] for r in expected["runners_up"])]
     )
     assert epochs(tmp_path / "runs/tiny/metrics.csv") == [1, 2]
+
+
+def test_further_operations_and_depth_are_searched_and_retrained(repository: Path, tmp_path: Path) -> None:
+    options = ["space.dil_conv=true", "space.resunit=[bottleneck, basic]", "space.skip=true", "flops.max=8"]
+    # None of the inverted residuals may be drawn, so that every block of the path is something else.
+    options += ["flops.min=0", "cream.prior=[0, 0, 0, 0, 0, 0, 0.2, 0.1, 0.2, 0.1, 0.4]"]
+    result = search(repository, tmp_path, *(part for option in options for part in ("--set", option)))
+    assert result.returncode == 0, result.stderr
+    run = tmp_path / "runs/tiny"
+    child = json.loads((run / "child.json").read_text())
+    architectures = [child["path"], *(other["path"] for other in child["runners_up"])]
+    assert {choice for path in architectures for stage in path[1:-1] for choice in stage} <= {6, 7, 8, 9}
+    depth = blocks_of_the_supernet(run / "checkpoints/last.ckpt")
+    assert any(sum(map(len, path)) < depth for path in architectures)  # blocks have been left out
+
+    full = command(repository, "retrain_child.py", "--set", "epochs=1", "--set", "inherit_weights=true")
+    full += ["--set", "schedule.warmup_epochs=0"]
+    result = subprocess.run(full, cwd=tmp_path, capture_output=True, text=True, timeout=TIMEOUT, check=False)
+    assert result.returncode == 0, result.stderr
+    stored = json.loads((tmp_path / "runs/retrain-tiny/result.json").read_text())
+    assert (stored["flops"], stored["params"]) == (child["flops"], child["params"])
+
+
+def test_the_recipe_of_the_paper_runs_on_a_small_imagenet(repository: Path, tmp_path: Path) -> None:
+    """Space, resolution, prior, schedule and strategy as shipped; fewer images, so a smaller batch and fewer epochs."""
+    colours = np.random.default_rng(0)
+    for part, count in (("train", 12), ("val", 2)):
+        for name in ("n01440764", "n01443537", "n01484850"):
+            (tmp_path / "imagenet" / part / name).mkdir(parents=True)
+            for number in range(count):
+                pixels = colours.integers(0, 256, (240, 260, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(tmp_path / "imagenet" / part / name / f"{name}_{number}.JPEG")
+    recipe = repository / "experiments/recipes/cream_imagenet.yml"
+    smaller = [f"data.folder={tmp_path / 'imagenet'}", "data.batch_size=8", "data.workers=0", "optimizer.lr=0.01"]
+    smaller += ["epochs=2", "cream.warmup_epochs=1", "cream.meta_interval=2", "cream.board_size=2"]
+    full = command(repository, "search_cream.py", "--recipe", str(recipe))
+    full += [part for option in smaller for part in ("--set", option)]
+    result = subprocess.run(full, cwd=tmp_path, capture_output=True, text=True, timeout=TIMEOUT, check=False)
+    assert result.returncode == 0, result.stderr
+    child = json.loads((tmp_path / "runs/cream_imagenet/child.json").read_text())
+    assert child["num_classes"] == 3
+    assert child["data"]["resolution"] == 224
+    assert [len(stage) for stage in child["path"]] == [1, 4, 4, 4, 4, 4, 1]  # golden: 0 to 600 M
+    assert 200e6 < child["flops"] <= 600e6
 
 
 @pytest.mark.parametrize("inherit", ["false", "true"])

@@ -1,0 +1,42 @@
+"""Operations that timm has no block for."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+
+class DilConv(nn.Module):
+    """ReLU, depthwise convolution with dilation 2, pointwise convolution, batch norm: ``dil_conv`` of DARTS.
+
+    It sees 5×5 pixels with a kernel of 3, and 9×9 with one of 5: [N, in, H, W] to [N, out, H / stride, W / stride].
+    There is no residual connection. Source: Liu et al., "DARTS", ICLR 2019, appendix A.1.1, and its published code.
+
+    Args:
+        in_channels: number of input channels.
+        out_channels: number of output channels.
+        kernel: kernel size, odd.
+        stride: stride of the depthwise convolution.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, kernel: int, stride: int) -> None:
+        super().__init__()
+        self.op = nn.Sequential(
+            nn.ReLU(),
+            nn.Conv2d(
+                in_channels,
+                in_channels,
+                kernel,
+                stride,
+                padding=kernel - 1,
+                dilation=2,
+                groups=in_channels,
+                bias=False,
+            ),
+            nn.Conv2d(in_channels, out_channels, 1, bias=False),
+            nn.BatchNorm2d(out_channels),
+        )
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Apply the operation."""
+        out: Tensor = self.op(features)
+        return out
