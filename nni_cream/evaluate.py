@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pytorch_lightning as pl
 import timm
 from timm.data.config import resolve_data_config
 from timm.data.transforms_factory import create_transform
@@ -29,8 +28,7 @@ from nni_cream.data import LabelledImages
 from nni_cream.errors import UserError
 from nni_cream.models.cream import build_child
 from nni_cream.recipe import Data, EvaluationData, EvaluationRecipe, Optimizer, Schedule
-from nni_cream.reporting import on_terminal
-from nni_cream.search import arrange_in_memory, load_splits, make_loader
+from nni_cream.search import arrange_in_memory, load_splits, make_loader, on_device
 from nni_cream.training import ImageClassifier
 
 
@@ -108,15 +106,7 @@ def evaluate(recipe: EvaluationRecipe, file: Path, model: str | None = None, *, 
     # Nothing is trained, but the module asks how.
     module = ImageClassifier(splits.num_classes, Optimizer().timm_arguments(), Schedule().timm_arguments())
     module.set_model(network)
-    trainer = pl.Trainer(
-        accelerator=recipe.device.accelerator,
-        devices=recipe.device.devices,
-        precision=recipe.device.precision,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=on_terminal(),
-        enable_model_summary=False,
-    )
+    trainer = on_device(recipe.device, logger=False, enable_checkpointing=False)
     (tested,) = trainer.test(module, make_loader(images, data), verbose=False)
     return Evaluation(
         network=checkpoint.name,

@@ -96,6 +96,16 @@ class Data(Settings):
         return self
 
 
+class SearchData(Data):
+    """As :class:`Data`; a resolution of None follows from the FLOPs interval."""
+
+    resolution: Resolution | None = 32  # type: ignore[assignment]
+
+    def at(self, resolution: int) -> Data:
+        """Return the settings with the resolution that was chosen."""
+        return Data.model_validate({**self.model_dump(), "resolution": resolution})
+
+
 class ChildData(Data):
     """As :class:`Data`; what is None is as in the search that found the network."""
 
@@ -231,7 +241,7 @@ class Cream(Settings):
     """Arguments of :class:`nni_cream.strategies.cream.CreamStrategy`."""
 
     board_size: PositiveInt = 10
-    board_images: PositiveInt = 4
+    board_images: Annotated[int, Field(ge=2)] = 4
     admission_gap: NotNegative = 5.0
     warmup_epochs: Annotated[int, Field(ge=0)] = 20
     prior: Literal["even", "board"] | tuple[NotNegative, ...] = "even"
@@ -275,6 +285,7 @@ class Recipe(Settings):
 class CreamRecipe(Recipe):
     """A Cream search."""
 
+    data: SearchData = SearchData()
     flops: Flops
     space: Space = Space()
     cream: Cream = Cream()
@@ -288,10 +299,17 @@ class CreamRecipe(Recipe):
             )
         if self.device.devices != 1:
             raise ValueError(f"device.devices is {self.device.devices}, but a Cream search runs on one device")
-        if self.cream.teacher == "matching" and 2 * self.cream.board_images > self.data.batch_size:
+        slices = 2 if self.cream.teacher == "matching" else 1
+        if slices * self.cream.board_images > self.data.batch_size:
             raise ValueError(
-                f"cream.board_images is {self.cream.board_images}, but learning to match takes two slices of that size "
-                f"from a batch and data.batch_size is {self.data.batch_size}: make it at most half of that"
+                f"cream.board_images is {self.cream.board_images}, but "
+                + (
+                    "learning to match takes two slices of that size"
+                    if slices == 2
+                    else "an entry keeps as many images"
+                )
+                + f" from a batch and data.batch_size is {self.data.batch_size}: make it at most "
+                + ("half of that" if slices == 2 else "as much")
             )
         return self
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import math
+import operator
 from collections.abc import Sequence
 
 import numpy as np
@@ -21,7 +24,8 @@ class PathSampler:
 
     The draw is exact: among the paths inside the interval, each comes with the prior's proportions. Sums of costs,
     rounded down to a grid, are followed backwards from the last choice (dynamic programming), which says for every
-    partial path how probable it is to end inside; only the grid's rounding at the two ends is left to rejection.
+    partial path how probable it is to end inside; only the grid's rounding at the two ends, where it is coarser than
+    the costs, is left to rejection.
 
     Args:
         costs: for every choice, the MACs of each candidate.
@@ -30,35 +34,52 @@ class PathSampler:
         high: most MACs of a path.
 
     Raises:
-        UserError: if no path lies in the interval.
+        UserError: if no path lies in the interval; it says which costs are nearest.
     """
 
-    # A grid this fine rejects few draws even when the interval is a thousandth of the whole range.
-    _cells = 1 << 15
-    # With an interval so narrow that no draw in this many hits it, the interval is empty for every practical purpose.
-    _patience = 100_000
+    # Enough for the exact costs of the Cream space up to 64 pixels; beyond, few draws are rejected.
+    _cells = 1 << 17
+    # Met only by intervals a millionth of the whole range wide.
+    _patience = 20_000
 
     def __init__(self, costs: Sequence[Sequence[int]], fixed: int, low: float, high: float) -> None:
         self._costs = [np.asarray(options, dtype=np.int64) for options in costs]
         self._fixed = fixed
         self.low, self.high = low, high
+        self._interval = f"{low / 1e6:.6g} M to {high / 1e6:.6g} M multiply-accumulates"
+        rises = [options - options.min() for options in self._costs]
         cheapest = fixed + int(sum(options.min() for options in self._costs))
         dearest = fixed + int(sum(options.max() for options in self._costs))
-        self._empty = (
-            f"No path costs {low / 1e6:.4g} M to {high / 1e6:.4g} M multiply-accumulates: "
-            f"the paths of this space cost {cheapest / 1e6:.4g} M to {dearest / 1e6:.4g} M."
-        )
-        if low > high or high < cheapest or low > dearest:
-            raise UserError(self._empty)
-        self._unit = max(1, -(-(dearest - cheapest) // self._cells))
-        self._steps = [(options - options.min()) // self._unit for options in self._costs]
-        # Rounding down loses less than one unit per choice.
-        self._first = max(0, int((low - cheapest) // self._unit) - len(costs))
-        self._last = min(self._cells, int((min(high, dearest) - cheapest) // self._unit))
+        exact = math.gcd(*(int(rise) for options in rises for rise in options)) or 1
+        self._refuse_empty(rises, exact, cheapest, dearest)
+
+        self._unit = max(exact, -(-(dearest - cheapest) // self._cells))
+        self._steps = [options // self._unit for options in rises]
+        # Rounding down loses less than one unit per choice, and nothing where the grid is as fine as the costs.
+        margin = 0 if self._unit == exact else len(costs)
+        self._first = max(0, math.ceil((low - cheapest) / self._unit) - margin)
+        self._last = int((min(high, dearest) - cheapest) // self._unit)
         self._prior: Prior | None = None
         self._reach: list[NDArray[np.float64]] = []
-        even = [[1.0 / len(options)] * len(options) for options in self._costs]
-        self.draw(even, np.random.default_rng(0))  # an interval without a path is found now, not during training
+
+    def _refuse_empty(self, rises: list[NDArray[np.int64]], unit: int, cheapest: int, dearest: int) -> None:
+        """Make sure that there is a path inside the interval: bit i of an integer tells whether one costs i units."""
+        reachable = 1
+        for options in rises:
+            reachable = functools.reduce(operator.or_, (reachable << int(rise) // unit for rise in set(options)))
+        first = max(0, math.ceil((self.low - cheapest) / unit))
+        beyond = max(first, math.floor((min(self.high, dearest) - cheapest) / unit) + 1)
+        inside = (reachable >> first) & ((1 << (beyond - first)) - 1)
+        if self.low <= self.high and inside:
+            return
+        below, above = reachable & ((1 << first) - 1), reachable >> beyond
+        nearest = [below.bit_length() - 1] if below else []
+        nearest += [beyond + (above & -above).bit_length() - 1] if above else []
+        text = " and ".join(f"{(cheapest + unit * position) / 1e6:.6g} M" for position in nearest)
+        raise UserError(
+            f"No path costs {self._interval}: the paths of this space cost {cheapest / 1e6:.6g} M to "
+            f"{dearest / 1e6:.6g} M, and those nearest to the interval {text}."
+        )
 
     def cost(self, path: Path) -> int:
         """Return the MACs of ``path``."""
@@ -72,21 +93,23 @@ class PathSampler:
         """Draw one path.
 
         Raises:
-            UserError: if the prior gives no path inside the interval a positive probability.
+            UserError: if the prior gives no path inside the interval a positive probability, or hardly any.
         """
         if prior is not self._prior:
             self._prior, self._reach = prior, self._probability_to_arrive(prior)
-        if not self._reach[0][0] > 0:
-            raise UserError(self._empty)
-        for _ in range(self._patience):
-            position, path = 0, []
-            for probabilities, steps, reach in zip(prior, self._steps, self._reach[1:], strict=True):
-                weights = np.asarray(probabilities) * reach[position + steps]
-                path.append(int(generator.choice(len(weights), p=weights / weights.sum())))
-                position += int(steps[path[-1]])
-            if self.contains(tuple(path)):
-                return tuple(path)
-        raise UserError(self._empty)
+        if self._reach[0][0] > 0:
+            for _ in range(self._patience):
+                position, path = 0, []
+                for probabilities, steps, reach in zip(prior, self._steps, self._reach[1:], strict=True):
+                    weights = np.asarray(probabilities) * reach[position + steps]
+                    path.append(int(generator.choice(len(weights), p=weights / weights.sum())))
+                    position += int(steps[path[-1]])
+                if self.contains(tuple(path)):
+                    return tuple(path)
+        raise UserError(
+            f"The prior gives hardly any path that costs {self._interval} a probability above 0: let it allow other "
+            "candidates, or widen the interval."
+        )
 
     def _probability_to_arrive(self, prior: Prior) -> list[NDArray[np.float64]]:
         """For every choice and grid position before it, the probability that the rest ends inside the interval."""

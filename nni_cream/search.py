@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Final
 
+import numpy as np
 import pytorch_lightning as pl
 import torch
+from lightning_fabric.utilities.exceptions import MisconfigurationException
 from nni.nas.evaluator.pytorch import DataLoader, Lightning, Trainer
 from nni.nas.execution import SequentialExecutionEngine
 from nni.nas.execution.event import IntermediateMetricEvent, ModelEventType
@@ -15,14 +18,21 @@ from pytorch_lightning.loggers import TensorBoardLogger
 
 from nni_cream.architecture import CreamPath
 from nni_cream.child import Child
+from nni_cream.cost import measure_space
 from nni_cream.data import DataSplits, LabelledImages, load_data
 from nni_cream.data_names import Augmentation, Fractions
-from nni_cream.recipe import CreamRecipe, Data, Device, to_yaml
+from nni_cream.errors import UserError
+from nni_cream.recipe import CreamRecipe, Data, Device, Flops, to_yaml
 from nni_cream.reporting import Reporter, on_terminal
 from nni_cream.runs import RunDirectory
 from nni_cream.strategies.cream import CreamStrategy
 from nni_cream.strategies.cream_module import RankedPath
 from nni_cream.training import ImageClassifier
+
+if TYPE_CHECKING:
+    from search_spaces.cream import SpacePlan
+
+_MILLION: Final = 1_000_000
 
 
 def search_cream(recipe: CreamRecipe, directory: RunDirectory) -> Child:
@@ -37,17 +47,18 @@ def search_cream(recipe: CreamRecipe, directory: RunDirectory) -> Child:
         return child
 
     pl.seed_everything(recipe.seed, verbose=False)
-    million = 1_000_000
-    low, high = recipe.flops.min * million, recipe.flops.max * million
     plan = plan_space(recipe.flops.min, recipe.flops.max, recipe.data.resolution)
-    splits = load_splits(recipe.data, recipe.seed)
-    space = CreamSpace(plan.depths, splits.num_classes, **recipe.space.model_dump())
+    data = recipe.data.at(plan.resolution)
+    splits = load_splits(data, recipe.seed)
+    options = recipe.space.model_dump()
+    space = CreamSpace(plan.depths, splits.num_classes, **options)
+    refuse_unreachable(recipe.flops, plan, options, splits.num_classes)
     arrange_in_memory(space, recipe.device)
     evaluator = Lightning(
         ImageClassifier(splits.num_classes, recipe.optimizer.timm_arguments(), recipe.schedule.timm_arguments()),
         make_trainer(recipe.epochs, recipe.device, directory),
-        train_dataloaders=make_loader(splits.weights, recipe.data, training=True),
-        val_dataloaders=make_loader(splits.architecture, recipe.data),
+        train_dataloaders=make_loader(splits.weights, data, training=True),
+        val_dataloaders=make_loader(splits.architecture, data),
         fit_kwargs={"ckpt_path": directory.checkpoint} if directory.checkpoint.exists() else None,
     )
     settings = recipe.cream.model_dump()
@@ -55,10 +66,12 @@ def search_cream(recipe: CreamRecipe, directory: RunDirectory) -> Child:
         settings["prior"] = space.prior(recipe.cream.prior)
     strategy = CreamStrategy(
         **settings,
-        flops_range=(low, high),
+        flops_range=(recipe.flops.min * _MILLION, recipe.flops.max * _MILLION),
         seed=recipe.seed,
-        ranking_dataloader=make_loader(splits.validation, recipe.data),
+        ranking_dataloader=make_loader(splits.validation, data),
     )
+    engine = SequentialExecutionEngine()
+    strategy.initialize(RawFormatModelSpace.from_model(space, evaluator), engine)
 
     # Everything has been checked by now: a start that fails must not claim the folder.
     directory.begin(to_yaml(recipe), recipe.seed)
@@ -67,9 +80,8 @@ def search_cream(recipe: CreamRecipe, directory: RunDirectory) -> Child:
     def forward(event: IntermediateMetricEvent) -> None:
         reporter.intermediate(event.metric)
 
-    engine = SequentialExecutionEngine()
     engine.register_model_event_callback(ModelEventType.IntermediateMetric, forward)
-    strategy(RawFormatModelSpace.from_model(space, evaluator), engine)
+    strategy.run()
 
     module = strategy.oneshot_module
     # Paths that differ only in which blocks of a stage they skip are one architecture; the better one stands for it.
@@ -83,7 +95,7 @@ def search_cream(recipe: CreamRecipe, directory: RunDirectory) -> Child:
         accuracy=best.accuracy,
         flops=best.cost.macs,
         params=best.cost.params,
-        data=recipe.data.model_dump(mode="json"),
+        data=data.model_dump(mode="json"),
         search={"name": recipe.name, "seed": recipe.seed, "epochs": recipe.epochs},
         runners_up=[
             {
@@ -99,6 +111,29 @@ def search_cream(recipe: CreamRecipe, directory: RunDirectory) -> Child:
     reporter.final({"default": child.accuracy, "flops": child.flops, "params": child.params, "path": str(child.path)})
     print_child(child, directory)
     return child
+
+
+def refuse_unreachable(flops: Flops, plan: SpacePlan, options: Mapping[str, Any], num_classes: int) -> None:
+    """Make sure that the interval holds networks of some depth.
+
+    The depths follow from a rule that counts the blocks alone, so what it cannot reach is known only now.
+
+    Raises:
+        UserError: if it is above or below all of them; it says which intervals are possible.
+    """
+    from search_spaces.cream import DEEPEST, SHALLOWEST, CreamSpace
+
+    shape = (3, plan.resolution, plan.resolution)
+    with torch.device("meta"):
+        shallow, deep = (
+            measure_space(CreamSpace(depths, num_classes, **options), shape) for depths in (SHALLOWEST, DEEPEST)
+        )
+    low, high = shallow.cheapest / _MILLION, deep.dearest / _MILLION
+    if flops.max < low or flops.min > high:
+        raise UserError(
+            f"No network costs {flops.min:g} M to {flops.max:g} M multiply-accumulates (flops.min to flops.max) at "
+            f"{plan.resolution} pixels: those of this space cost {low:.4g} M to {high:.4g} M."
+        )
 
 
 def print_child(child: Child, directory: RunDirectory) -> None:
@@ -132,30 +167,62 @@ def arrange_in_memory(network: Any, device: Device) -> None:
 
 
 def make_loader(images: LabelledImages, data: Data, *, training: bool = False) -> Any:
-    """Return batches of ``images``: shuffled, and without a smaller last one, for training."""
-    return DataLoader(
-        images,
-        batch_size=data.batch_size,
-        shuffle=training,
-        drop_last=training,
-        num_workers=data.workers,
-        persistent_workers=data.workers > 0,
-    )
+    """Return batches of ``images``.
+
+    For training they are shuffled, of ``data.batch_size`` each, and what is left over is left out. Else they are as
+    nearly equal as can be: a small last one would have poor batch statistics, and a single image none.
+
+    Raises:
+        UserError: if there is not one whole batch to train on.
+    """
+    workers = {"num_workers": data.workers, "persistent_workers": data.workers > 0}
+    if training:
+        if len(images) < data.batch_size:
+            raise UserError(
+                f"data.batch_size is {data.batch_size}, but there are {len(images)} images to train on: make it at "
+                "most that."
+            )
+        return DataLoader(images, batch_size=data.batch_size, shuffle=True, drop_last=True, **workers)
+    number = min(-(-len(images) // data.batch_size), max(1, len(images) // 2))
+    batches = [part.tolist() for part in np.array_split(np.arange(len(images)), number)]
+    return DataLoader(images, batch_sampler=batches, **workers)
 
 
 def make_trainer(epochs: int, device: Device, directory: RunDirectory, **arguments: Any) -> Any:
-    """Return a Lightning trainer that keeps checkpoints and TensorBoard events in the run directory."""
-    return Trainer(
+    """Return a Lightning trainer that keeps checkpoints and TensorBoard events in the run directory.
+
+    Raises:
+        UserError: as :func:`on_device`.
+    """
+    return on_device(
+        device,
         max_epochs=epochs,
-        accelerator=device.accelerator,
-        devices=device.devices,
-        precision=device.precision,
         default_root_dir=directory.path,
         logger=TensorBoardLogger(directory.path, name="tensorboard", version=""),
         callbacks=[ModelCheckpoint(directory.checkpoint.parent, save_last=True, save_top_k=1)],
-        enable_progress_bar=on_terminal(),
-        enable_model_summary=False,
         num_sanity_val_steps=0,
         log_every_n_steps=10,
         **arguments,
     )
+
+
+def on_device(device: Device, **arguments: Any) -> Any:
+    """Return a Lightning trainer for the device of a recipe.
+
+    Raises:
+        UserError: if there is no such device.
+    """
+    try:
+        return Trainer(
+            accelerator=device.accelerator,
+            devices=device.devices,
+            precision=device.precision,
+            enable_progress_bar=on_terminal(),
+            enable_model_summary=False,
+            **arguments,
+        )
+    except MisconfigurationException as error:
+        raise UserError(
+            f"device.accelerator {device.accelerator!r} with device.devices {device.devices} is not to be had on this "
+            f"machine: {error}"
+        ) from None

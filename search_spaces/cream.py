@@ -6,6 +6,7 @@ published code; the FLOPs of that rule are those of ptflops 0.6 (:func:`nni_crea
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -39,6 +40,10 @@ RESOLUTION_STEP: Final = 32
 # each may reach in the first and in the second round.
 _DEPTH_ORDER: Final = (2, 3, 4, 1, 0)
 _DEPTH_LIMITS: Final = ((3, 3, 3, 2, 2), (4, 4, 4, 4, 4))
+SHALLOWEST: Final = (1,) * len(STAGES)
+DEEPEST: Final = _DEPTH_LIMITS[-1]
+# The published rule goes down to 32 pixels, but never accepts a network there.
+_FEWEST_STEPS: Final = 2
 
 
 @dataclass(frozen=True)
@@ -84,15 +89,17 @@ def _million_macs(choice: Choice, in_channels: int, out_channels: int, stride: i
 def plan_space(minimum: float, maximum: float, resolution: int | None = None) -> SpacePlan:
     """Choose depth and resolution for a FLOPs interval, as the published code does.
 
+    The rule counts the blocks that are searched, not the network around them.
+
     Args:
         minimum: lower end of the interval, million MACs.
         maximum: upper end of the interval, million MACs.
-        resolution: pixels, if the user fixes it. Otherwise it starts at 224 and falls in steps of 32 while even the
-            smallest network exceeds the maximum; each step also stretches the interval by 7 over the new number of
-            steps, as in the published code.
+        resolution: pixels, if the user fixes it; the rule then goes as near to the interval as it can. Otherwise it
+            starts at 224 and falls in steps of 32, down to 64, while even the smallest network exceeds the maximum;
+            each step also stretches the interval by 7 over the new number of steps, as in the published code.
 
     Raises:
-        UserError: if ``minimum > maximum``, or no network lies in the interval.
+        UserError: if ``minimum > maximum``; or, where the resolution is not fixed, if no network lies in the interval.
     """
     if minimum > maximum:
         raise UserError(
@@ -102,29 +109,29 @@ def plan_space(minimum: float, maximum: float, resolution: int | None = None) ->
     smallest = sum(stage.first[0] for stage in costs)
     largest = sum(stage.first[-1] for stage in costs)
     bound = largest + sum((_DEPTH_LIMITS[-1][s] - 1) * stage.further[-1] for s, stage in enumerate(costs))
-    reachable = (
-        f"at {resolution or PAPER_RESOLUTION} pixels the blocks that are searched cost "
-        f"{smallest:.3g} M to {bound:.3g} M"
-    )
 
     steps = PAPER_RESOLUTION // RESOLUTION_STEP
-    if smallest > maximum:
-        low, high = minimum, maximum
-        while resolution is None and smallest > high and steps >= 2:
-            steps -= 1
-            low, high = (end * (PAPER_RESOLUTION // RESOLUTION_STEP) / steps for end in (low, high))
-        if smallest > high or steps < 2:
-            raise UserError(f"No network fits the FLOPs interval [{minimum:g} M, {maximum:g} M]: {reachable}.")
-        minimum, maximum = low, high
+    low, high, stretch = minimum, maximum, 1.0
+    while resolution is None and smallest > high and steps > _FEWEST_STEPS:
+        steps -= 1
+        stretch *= (PAPER_RESOLUTION // RESOLUTION_STEP) / steps
+        low, high = minimum * stretch, maximum * stretch
 
     depths = [1] * len(STAGES)
     for limits in _DEPTH_LIMITS:
         for s, limit in zip(_DEPTH_ORDER, limits, strict=True):
-            while depths[s] < limit and (largest < minimum or largest + costs[s].further[-1] <= maximum):
+            while depths[s] < limit and (largest < low or largest + costs[s].further[-1] <= high):
                 depths[s] += 1
                 largest += costs[s].further[-1]
-    if largest < minimum:
-        raise UserError(f"No network reaches the FLOPs interval [{minimum:g} M, {maximum:g} M]: {reachable}.")
+    if resolution is None and (smallest > high or largest < low):
+        least = smallest / math.prod(
+            PAPER_RESOLUTION / RESOLUTION_STEP / fewer
+            for fewer in range(_FEWEST_STEPS, PAPER_RESOLUTION // RESOLUTION_STEP)
+        )
+        raise UserError(
+            f"No network fits the FLOPs interval [{minimum:g} M, {maximum:g} M]: a maximum of at least {least:.3g} M "
+            f"and a minimum of at most {bound:.3g} M are possible."
+        )
     return SpacePlan(tuple(depths), resolution or steps * RESOLUTION_STEP)
 
 

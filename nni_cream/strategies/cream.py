@@ -39,7 +39,7 @@ class CreamStrategy(OneShotStrategy):
 
     Args:
         board_size: places on the board.
-        board_images: images kept with an entry; also the size of the two slices of a meta step.
+        board_images: images kept with an entry, at least 2; also the size of the two slices of a meta step.
         admission_gap: points of accuracy by which a dearer path must beat the worst entry.
         warmup_epochs: epochs before the board opens.
         prior: ``"even"``; ``"board"``, the frequencies on the board; the probabilities of the candidates, which apply
@@ -109,6 +109,11 @@ class CreamStrategy(OneShotStrategy):
             raise UserError(f"CreamStrategy needs a Lightning evaluator, not a {type(evaluator).__name__}.")
         loader = self._validation_loader(evaluator)
         images, _ = next(iter(loader))
+        if min(len(images), self.settings.board_images) < 2:
+            raise UserError(
+                f"CreamStrategy normalises by batch, and needs batches of at least 2 images: a validation batch has "
+                f"{len(images)}, and board_images is {self.settings.board_images}."
+            )
         space = model_space.model_space
         paths = PathSpace(space)
         table = measure_space(space, tuple(images.shape[1:]))

@@ -107,6 +107,8 @@ class CreamLightningModule(BaseOneShotLightningModule):
         self.sampler = PathSampler(costs, table.fixed.macs, low, high)
         self._board_prior: tuple[tuple[BoardEntry, ...], Prior] | None = None
         self._fixed_prior = self._given_prior()
+        # A prior that leaves no path inside the interval is an error now, not after the first image.
+        self.sampler.draw(self._fixed_prior, np.random.default_rng(0))
         self._held_out: Iterator[tuple[Tensor, Tensor]] | None = None
         self._held_out_position = 0
         self._typical_accuracy = 0.0
@@ -239,9 +241,10 @@ class CreamLightningModule(BaseOneShotLightningModule):
             return None
         if self.settings.teacher == "top1":
             return Teaching(entries[0], torch.tensor(_TOP1_WEIGHT, device=self.device))
-        with torch.no_grad(), batch_statistics(self.model):
-            # A board from a checkpoint lies on the CPU.
-            answers = torch.stack([self.training_module(e.images.to(self.device)).softmax(-1) for e in entries])
+        # A board from a checkpoint lies on the CPU.
+        images = torch.cat([entry.images for entry in entries]).to(self.device)
+        with torch.no_grad(), batch_statistics(self.model, groups=len(entries)):
+            answers = self.training_module(images).softmax(-1).unflatten(0, (len(entries), -1))
         stored = torch.stack([entry.features for entry in entries])
         logits = self.matching(answers, stored.to(answers))
         best = int(logits.argmax())
@@ -317,8 +320,11 @@ class CreamLightningModule(BaseOneShotLightningModule):
             loader = self.trainer.val_dataloaders
             endless = itertools.chain.from_iterable(itertools.repeat(loader))
             self._held_out = itertools.islice(endless, self._held_out_position % len(loader), None)
-        self._held_out_position += 1
-        return self._moved(next(self._held_out))
+        while True:
+            self._held_out_position += 1
+            batch = next(self._held_out)
+            if not _is_too_small(batch):
+                return self._moved(batch)
 
     def _moved(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """Do with a batch what Lightning does with those of its own loops: right precision, right device."""
@@ -343,6 +349,8 @@ class CreamLightningModule(BaseOneShotLightningModule):
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         """Measure every path on one held-out batch."""
         images, targets = batch
+        if _is_too_small(batch):
+            return
         self._seen += len(images)
         with batch_statistics(self.model):
             for path, correct in zip(self._measured, self._correct, strict=True):
@@ -444,6 +452,11 @@ class CreamLightningModule(BaseOneShotLightningModule):
         self._held_out_position = state["held_out_position"]
         self._typical_accuracy = state["typical_accuracy"]
         self._steps = state["steps"]
+
+
+def _is_too_small(batch: tuple[Tensor, Tensor]) -> bool:
+    """Tell whether a batch, such as the last one of a loader, has no statistics to normalise with."""
+    return len(batch[0]) < 2
 
 
 def _percent_correct(logits: Tensor, targets: Tensor) -> float:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -19,17 +20,31 @@ def _batch_norms(network: nn.Module) -> list[_BatchNorm]:
 
 
 @contextmanager
-def batch_statistics(network: nn.Module) -> Iterator[None]:
-    """Normalise with the statistics of each batch, and leave the running statistics untouched."""
+def batch_statistics(network: nn.Module, groups: int = 1) -> Iterator[None]:
+    """Normalise with the statistics of each batch, and leave the running statistics untouched.
+
+    Args:
+        network: the network.
+        groups: number of groups of equal size, one after the other in a batch, that are normalised each by itself, as
+            if each were a batch of its own.
+    """
     norms = _batch_norms(network)
     before = [(norm.training, norm.track_running_stats) for norm in norms]
     for norm in norms:
         norm.training, norm.track_running_stats = True, False
+        if groups > 1:
+            norm.forward = partial(_normalise_groups, norm, groups)  # type: ignore[method-assign]
     try:
         yield
     finally:
         for norm, (training, tracking) in zip(norms, before, strict=True):
             norm.training, norm.track_running_stats = training, tracking
+            vars(norm).pop("forward", None)
+
+
+def _normalise_groups(norm: _BatchNorm, groups: int, features: Tensor) -> Tensor:
+    # The groups lie one after the other in memory, whatever the memory format.
+    return torch.cat([type(norm).forward(norm, group) for group in features.chunk(groups)])
 
 
 @contextmanager
