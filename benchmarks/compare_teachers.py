@@ -128,10 +128,17 @@ def main() -> None:
             "seeds": arguments.seeds,
             "settings": settings,
             "processor": processor(),
+            "commit": commit(),
             **describe_environment(),
         },
     )
     print(table(settings))
+
+
+def commit() -> str:
+    """Return the commit that was measured."""
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
 
 def processor() -> str:
