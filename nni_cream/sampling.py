@@ -70,7 +70,7 @@ class PathSampler:
         first = max(0, math.ceil((self.low - cheapest) / unit))
         beyond = max(first, math.floor((min(self.high, dearest) - cheapest) / unit) + 1)
         inside = (reachable >> first) & ((1 << (beyond - first)) - 1)
-        if self.low <= self.high and inside:
+        if inside:
             return
         below, above = reachable & ((1 << first) - 1), reachable >> beyond
         nearest = [below.bit_length() - 1] if below else []

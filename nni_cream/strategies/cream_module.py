@@ -362,7 +362,8 @@ class CreamLightningModule(BaseOneShotLightningModule):
         if self.trainer.sanity_checking:
             return
         shares = [correct.item() / self._seen for correct in self._correct]
-        self.board.rescore({path: 100 * share for path, share in zip(self._measured, shares, strict=True)})
+        percent = (100 * correct.item() / self._seen for correct in self._correct)
+        self.board.rescore(dict(zip(self._measured, percent, strict=True)))
         self.log("val_accuracy", max(shares), prog_bar=True)
         self.log("board_size", float(len(self.board)))
         if not self.trainer.is_global_zero:
@@ -460,4 +461,5 @@ def _is_too_small(batch: tuple[Tensor, Tensor]) -> bool:
 
 
 def _percent_correct(logits: Tensor, targets: Tensor) -> float:
-    return 100.0 * (logits.argmax(-1) == targets).float().mean().item()
+    # A ratio of integers: equal accuracies have to be equal numbers, however many images they were measured on.
+    return 100 * int((logits.argmax(-1) == targets).sum()) / len(targets)

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import copy
+import re
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -29,6 +31,24 @@ def interval(row: dict[str, Any]) -> str:
     return f"{row['min']}-{row['max']}"
 
 
+def is_planned(minimum: float, maximum: float) -> bool:
+    try:
+        plan_space(minimum, maximum)
+    except UserError:
+        return False
+    return True
+
+
+def threshold(holds: Callable[[float], bool], low: float, high: float) -> float:
+    """Where ``holds`` becomes true, by bisection."""
+    assert not holds(low)
+    assert holds(high)
+    while high - low > 1e-9 * high:
+        middle = (low + high) / 2
+        low, high = (low, middle) if holds(middle) else (middle, high)
+    return high
+
+
 class TestPlan:
     @pytest.mark.parametrize("row", PLANS["grid"], ids=interval)
     def test_published_intervals(self, row: dict[str, Any]) -> None:
@@ -44,23 +64,40 @@ class TestPlan:
         assert len(rows) == 37
         assert sum(row["sta_num"] is None for row in rows) == 5
 
-    @pytest.mark.parametrize(
-        ("minimum", "maximum", "message"),
-        [
-            (300, 200, r"interval \[300 M, 200 M\] is empty"),
-            (0, 1, r"No network fits the FLOPs interval \[0 M, 1 M\]: at 224 pixels .* cost 65\.1 M to"),
-            (800, 1000, r"No network reaches the FLOPs interval \[800 M, 1000 M\]"),
-        ],
-    )
-    def test_messages(self, minimum: float, maximum: float, message: str) -> None:
-        with pytest.raises(UserError, match=message):
-            plan_space(minimum, maximum)
+    def test_interval_the_wrong_way_round(self) -> None:
+        with pytest.raises(UserError, match=r"interval \[300 M, 200 M\] is empty"):
+            plan_space(300, 200)
+
+    @pytest.mark.parametrize("interval", [(0, 1), (0, 2.7), (800, 1000), (600, 10**9)])
+    def test_message_says_what_is_possible(self, interval: tuple[float, float]) -> None:
+        with pytest.raises(UserError, match=r"No network fits the FLOPs interval \[") as error:
+            plan_space(*interval)
+        numbers = re.search(r"a maximum of at least (\S+) M and a minimum of at most (\S+) M", str(error.value))
+        assert numbers
+        least = threshold(lambda maximum: is_planned(0, maximum), 1, 10)
+        greatest = threshold(lambda minimum: not is_planned(minimum, 10**9), 10, 1000)
+        assert numbers.groups() == (f"{least:.3g}", f"{greatest:.3g}") == ("2.79", "557")
 
     def test_a_fixed_resolution_is_kept(self) -> None:
         assert plan_space(0, 65).resolution == 192
-        with pytest.raises(UserError, match="at 224 pixels"):
-            plan_space(0, 65, 224)
         assert plan_space(0, 65, 192).resolution == 192
+
+    @pytest.mark.parametrize(
+        ("interval", "resolution", "depth"),
+        [
+            ((0, 65), 224, 1),
+            ((0, 1), 64, 1),
+            ((0, 0.79), 64, 1),  # stretched as for free resolutions, it would have room for more
+            ((0, 1), 100, 1),
+            ((800, 1000), 224, 4),
+            ((50, 60), 64, 4),
+            ((600, 10**9), 100, 4),
+        ],
+    )
+    def test_a_fixed_resolution_goes_as_near_as_it_can(
+        self, interval: tuple[float, float], resolution: int, depth: int
+    ) -> None:
+        assert plan_space(*interval, resolution) == SpacePlan((depth,) * 5, resolution)
 
     def test_depth_follows_from_the_costs_at_the_fixed_resolution(self) -> None:
         # Costs fall with the area, so a quarter of the area affords depth that the budget had no room for.
@@ -101,7 +138,7 @@ class TestCosts:
             choices_only = sum(ptflops_macs(block, inputs) for block, inputs in blocks_with_inputs(network, images))
         assert choices_only / 1e6 == pytest.approx(estimate, rel=1e-12)
 
-    @pytest.mark.parametrize("row", ESTIMATES["archs"][::4], ids=lambda row: f"{row['flops_M']:.1f}M")
+    @pytest.mark.parametrize("row", ESTIMATES["archs"], ids=lambda row: f"{row['flops_M']:.1f}M")
     def test_published_estimates(self, row: dict[str, Any]) -> None:
         resolution = ESTIMATES["resolution"]
         path = CreamPath.of([[choice for choice in stage if choice >= 0] for stage in row["arch"]])  # -1: no block
@@ -249,6 +286,23 @@ class TestSpace:
         torch.manual_seed(0)
         again = CreamSpace(DEPTHS, 10)
         assert all(torch.equal(a, b) for a, b in zip(space.parameters(), again.parameters(), strict=True))
+
+    @pytest.mark.parametrize("options", [{}, {"dil_conv": True, "resunit": ("basic", "bottleneck"), "skip": True}])
+    def test_weights_begin_by_the_rule_of_efficientnets(self, options: Any) -> None:
+        torch.manual_seed(0)
+        for name, layer in CreamSpace(DEPTHS, 10, **options).named_modules():
+            if isinstance(layer, nn.Conv2d):
+                fan_out = layer.kernel_size[0] * layer.kernel_size[1] * layer.out_channels // layer.groups
+                squares = layer.weight.detach().square() * fan_out / 2  # of a standard normal distribution
+                assert squares.mean().item() == pytest.approx(1, abs=5 * (2 / squares.numel()) ** 0.5), name
+            elif isinstance(layer, nn.Linear):
+                limit = layer.out_features**-0.5
+                assert 0.99 * limit < layer.weight.abs().max() <= limit
+                assert layer.weight.square().mean().item() == pytest.approx(limit**2 / 3, rel=0.05)
+            elif isinstance(layer, nn.BatchNorm2d):
+                assert torch.equal(layer.weight, torch.ones_like(layer.weight)), name
+            if getattr(layer, "bias", None) is not None:
+                assert not layer.bias.any(), name
 
     def test_unaligned_candidates_are_independent(self, space: CreamSpace) -> None:
         wide3, wide5 = (space.blocks[1][0][CHOICES.index(c)] for c in (Choice(3, 6), Choice(5, 6)))

@@ -16,7 +16,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from nni.nas.evaluator import FunctionalEvaluator
-from nni.nas.evaluator.pytorch import Classification, DataLoader
+from nni.nas.evaluator.pytorch import Classification, DataLoader, Lightning, Trainer
 from nni.nas.execution import SequentialExecutionEngine
 from nni.nas.execution.event import ModelEventType
 from nni.nas.experiment import NasExperiment
@@ -31,8 +31,10 @@ from torch.utils.data import TensorDataset
 from nni_cream.board import BoardEntry
 from nni_cream.cost import measure_network
 from nni_cream.errors import UserError
+from nni_cream.recipe import Optimizer, Schedule
 from nni_cream.strategies.cream import CreamStrategy
 from nni_cream.strategies.cream_module import CreamLightningModule
+from nni_cream.training import ImageClassifier
 from tests.reference import run_through
 
 # NNI says so of every evaluator, and Lightning of every small run.
@@ -78,13 +80,20 @@ def double_precision() -> Iterator[None]:
     torch.set_default_dtype(before)
 
 
-@pytest.fixture(scope="module")
-def data() -> TensorDataset:
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randn(6 * BATCH, 3, SIZE, SIZE, generator=generator, dtype=torch.float64)
-    labels = torch.randint(0, CLASSES, (6 * BATCH,), generator=generator)
+def labelled_images(number: int, seed: int, size: int = SIZE) -> TensorDataset:
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randn(number, 3, size, size, generator=generator, dtype=torch.float64)
+    labels = torch.randint(0, CLASSES, (number,), generator=generator)
     images[torch.arange(len(labels)), labels] += 0.3
     return TensorDataset(images, labels)
+
+
+HELD_OUT = labelled_images(5 * BATCH, seed=1)
+
+
+@pytest.fixture(scope="module")
+def data() -> TensorDataset:
+    return labelled_images(6 * BATCH, seed=0)
 
 
 @dataclass(frozen=True)
@@ -100,6 +109,7 @@ class Step:
     loss: float
     space_after: dict[str, Tensor]
     matching_after: dict[str, Tensor]
+    board_after: tuple[BoardEntry, ...]
 
 
 def snapshot(module: CreamLightningModule) -> tuple[dict[str, Tensor], dict[str, Tensor], tuple[BoardEntry, ...]]:
@@ -117,11 +127,13 @@ class Watcher(pl.Callback):
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         space, matching, board = self.before
-        space_after, matching_after, _ = snapshot(pl_module)
+        space_after, matching_after, board_after = snapshot(pl_module)
         drawn = {m.label: m._sampled for m in pl_module.model.modules() if isinstance(m, PathSamplingLayer)}
         loss = float(outputs["loss"])
         epoch = trainer.current_epoch
-        self.steps.append(Step(epoch, tuple(batch), space, matching, board, drawn, loss, space_after, matching_after))
+        self.steps.append(
+            Step(epoch, tuple(batch), space, matching, board, drawn, loss, space_after, matching_after, board_after)
+        )
 
 
 class Search:
@@ -134,26 +146,35 @@ class Search:
         epochs: int = 3,
         trainer: dict[str, Any] | None = None,
         callbacks: tuple[Any, ...] = (),
+        held_out: Any = None,
+        classifier: Any = None,
         checkpoint: Path | None = None,
         **settings: Any,
     ) -> None:
         self.data = data
         self.watcher = Watcher()
-        self.evaluator = Classification(
-            learning_rate=LEARNING_RATE,
-            optimizer=torch.optim.SGD,
-            num_classes=CLASSES,
-            train_dataloaders=DataLoader(data, batch_size=BATCH),
-            val_dataloaders=DataLoader(data, batch_size=2 * BATCH),
-            max_epochs=epochs,
-            **{**TRAINER, "callbacks": [self.watcher, *callbacks], **(trainer or {})},
-        )
+        loaders = {
+            "train_dataloaders": DataLoader(data, batch_size=BATCH),
+            "val_dataloaders": held_out or DataLoader(HELD_OUT, batch_size=2 * BATCH),
+        }
+        trainer = {**TRAINER, "max_epochs": epochs, "callbacks": [self.watcher, *callbacks], **(trainer or {})}
+        if classifier:
+            self.evaluator = Lightning(classifier, Trainer(**trainer), **loaders)
+        else:
+            self.evaluator = Classification(
+                learning_rate=LEARNING_RATE, optimizer=torch.optim.SGD, num_classes=CLASSES, **loaders, **trainer
+            )
         if checkpoint:
             self.evaluator.fit_kwargs = {"ckpt_path": str(checkpoint)}
         defaults = {"warmup_epochs": 1, "board_size": 4, "board_images": KEPT, "meta_interval": 10**6, "seed": 3}
         self.strategy = CreamStrategy(**{**defaults, **settings})
         self.reports: list[Any] = []
         self.final: list[Any] = []
+
+    def initialize(self) -> None:
+        """All that happens before anything is trained."""
+        space = RawFormatModelSpace.from_model(Space(), self.evaluator)
+        self.strategy.initialize(space, SequentialExecutionEngine())
 
     def run(self) -> Search:
         torch.manual_seed(1)
@@ -173,10 +194,16 @@ class Search:
     def steps(self) -> list[Step]:
         return self.watcher.steps
 
-    def batches(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        images, labels = self.data.tensors
-        return zip(images.split(size), labels.split(size), strict=True)
+    def batches(self) -> list[tuple[Tensor, Tensor]]:
+        return batches(self.data, BATCH)
 
+
+def batches(data: TensorDataset, size: int) -> list[tuple[Tensor, Tensor]]:
+    images, labels = data.tensors
+    return list(zip(images.split(size), labels.split(size), strict=True))
+
+
+HELD_OUT_BATCHES = batches(HELD_OUT, 2 * BATCH)
 
 TRAINER: dict[str, Any] = {
     "accelerator": "cpu",
@@ -336,6 +363,28 @@ class TestTeacher:
         assert weights == pytest.approx(expected, rel=1e-6)
         assert len(set(expected)) > 5
 
+    def test_all_entries_are_compared_in_one_forward(self, data: TensorDataset) -> None:
+        forwards: list[int] = []
+
+        class Count(pl.Callback):
+            def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+                pl_module.model.register_forward_hook(self.count)
+
+            def count(self, *_: Any) -> None:
+                self.number += 1
+
+            def on_train_batch_start(self, *_: Any) -> None:
+                self.number = 0
+
+            def on_train_batch_end(self, *_: Any) -> None:
+                forwards.append(self.number)
+
+        steps = Search(data, board_size=6, callbacks=(Count(),)).run().steps
+        # The student; to choose a teacher and to ask it; and, as there is always room, to score a path that is new.
+        new = [step.epoch >= 1 and path_of(step.drawn) not in {entry.path for entry in step.board} for step in steps]
+        assert forwards == [1 + 2 * bool(step.board) + unknown for step, unknown in zip(steps, new, strict=True)]
+        assert max(len(step.board) for step in steps) >= 4
+
     def test_top1_is_the_best_entry(self, run: Callable[..., Search]) -> None:
         for step in run(teacher="top1").steps:
             if step.board:
@@ -414,6 +463,44 @@ class TestMetaStep:
             assert_same_state(step.space_after, state)
 
 
+class TestScheduleOfTheEvaluator:
+    RATE = 0.3
+
+    def test_learning_rate_falls_to_0_and_decay_spares_biases_and_batch_norms(self, data: TensorDataset) -> None:
+        rates: list[list[float]] = []
+
+        class Rates(pl.Callback):
+            def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
+                rates.append([group["lr"] for group in trainer.optimizers[0].param_groups])
+
+            def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+                self.on_train_batch_start(trainer)
+                names = {parameter: name for name, parameter in pl_module.model.named_parameters()}
+                self.decay = {
+                    names[p]: g["weight_decay"] for g in trainer.optimizers[0].param_groups for p in g["params"]
+                }
+
+        watcher = Rates()
+        optimizer = Optimizer(name="sgd", lr=self.RATE, weight_decay=0.01).timm_arguments()
+        classifier = ImageClassifier(CLASSES, optimizer, Schedule().timm_arguments())
+        search = Search(data, classifier=classifier, callbacks=(watcher,), meta_interval=5, matching_lr=7.0).run()
+        number = len(search.steps)
+        assert number == 3 * 6
+        for step, found in enumerate(rates):
+            assert found == pytest.approx([self.RATE * (1 - step / number)] * 2, rel=1e-9, abs=1e-12)
+        assert len(rates) == number + 1
+        spared = {
+            f"{prefix}.{name}"
+            for prefix, module in search.strategy.supernet.named_modules()
+            for name, _ in module.named_parameters(recurse=False)
+            if name == "bias" or isinstance(module, nn.BatchNorm2d)
+        }
+        assert len(spared) == 2 * 6 + 1
+        assert watcher.decay == {
+            name: 0.0 if name in spared else 0.01 for name, _ in search.strategy.supernet.named_parameters()
+        }
+
+
 class TestPaths:
     ORDERED = sorted(COSTS.values())
 
@@ -434,6 +521,14 @@ class TestPaths:
     def test_an_interval_without_paths_is_an_error(self, data: TensorDataset) -> None:
         with pytest.raises(UserError, match="No path costs"):
             Search(data, flops_range=(1.0, 2.0)).run()
+
+    def test_a_prior_without_paths_in_the_interval_is_an_error(self, data: TensorDataset) -> None:
+        # Inside lies only the path that begins with the first candidate.
+        assert SAMPLES[0] == {"first": 0, "second": 0}
+        interval = (COSTS[str(SAMPLES[0])],) * 2
+        with pytest.raises(UserError, match="The prior gives hardly any path"):
+            Search(data, flops_range=interval, prior={"first": (0.0, 0.5, 0.5)}).initialize()
+        Search(data, flops_range=interval, prior={"first": (0.1, 0.9, 0.0)}).initialize()
 
     def test_given_prior_applies_to_choices_of_its_length(self, run: Callable[..., Search]) -> None:
         drawn = [step.drawn for step in run(prior=(0.0, 2.0, 0.0), teacher="none").steps]
@@ -488,16 +583,17 @@ class TestPaths:
         assert [step.drawn for step in run(teacher="none", seed=4).steps] != first
 
 
+def share_of_held_out(state: dict[str, Tensor], sample: dict[str, int]) -> float:
+    right = sum(int((answers(state, sample, x).argmax(-1) == labels).sum()) for x, labels in HELD_OUT_BATCHES)
+    return 100 * right / len(HELD_OUT)
+
+
 class TestBoard:
     def test_scores_are_measured_on_all_held_out_images(self, run: Callable[..., Search]) -> None:
         search = run(teacher="matching")
         state = search.strategy.supernet.state_dict()
         for entry in search.module.board.entries:
-            correct = sum(
-                int((answers(state, sample_of(entry.path), images).argmax(-1) == labels).sum())
-                for images, labels in search.batches(2 * BATCH)
-            )
-            assert entry.score == pytest.approx(100 * correct / len(search.data), abs=1e-9)
+            assert entry.score == share_of_held_out(state, sample_of(entry.path))
 
     def test_entries_keep_what_the_path_answered_in_training(self, run: Callable[..., Search]) -> None:
         search = run(teacher="matching")
@@ -528,24 +624,99 @@ class TestBoard:
         ]
 
 
+def percent_correct(state: dict[str, Tensor], sample: dict[str, int], batch: tuple[Tensor, Tensor]) -> float:
+    images, labels = batch
+    return 100 * int((answers(state, sample, images).argmax(-1) == labels).sum()) / len(labels)
+
+
+class TestAdmission:
+    """All that is decided after every step, once more by hand."""
+
+    # What can become of a path while the board has room, and while it is full.
+    OUTCOMES = frozenset({"known", "room, though poor", "poor", "admitted", "refused"})
+
+    def by_hand(self, search: Search, gap: float) -> Iterator[tuple[Step, str, list[tuple[Any, ...]]]]:
+        """For every step with an open board: what became of its path, and path, score, and cost of all entries."""
+        size = search.strategy.settings.board_size
+        typical, measured = 0.0, 0
+        for step in search.steps:
+            if step.epoch < search.strategy.settings.warmup_epochs:
+                continue
+            board: list[tuple[Any, ...]] = [(entry.path, entry.score, entry.macs) for entry in step.board]
+            path, macs = path_of(step.drawn), COSTS[str(step.drawn)]
+            accuracy = percent_correct(step.space, step.drawn, step.batch)
+            better, typical = accuracy > typical, 0.9 * typical + 0.1 * accuracy
+            full = len(board) == size
+            if path in [known for known, _, _ in board]:
+                yield step, "known", board
+            elif full and not better:
+                yield step, "poor", board
+            else:
+                held_out = HELD_OUT_BATCHES[measured % len(HELD_OUT_BATCHES)]
+                measured += 1
+                score = percent_correct(step.space_after, step.drawn, held_out)
+                _, worst, cost_of_worst = board[-1] if full else (None, -1000.0, 0)
+                if score > worst + gap or (score > worst and macs < cost_of_worst):
+                    outcome = "room" if not full else "admitted"
+                    board = [*board[: size - 1], (path, score, macs)]
+                    yield step, outcome if better or full else "room, though poor", board
+                else:
+                    yield step, "refused", board
+
+    @pytest.mark.parametrize(("size", "gap", "seed"), [(3, 0.0, 9), (3, 5.0, 9), (5, 5.0, 4)])
+    def test_as_by_hand(self, size: int, gap: float, seed: int, data: TensorDataset) -> None:
+        search = Search(data, teacher="none", board_size=size, admission_gap=gap, epochs=8, seed=seed).run()
+        outcomes: set[str] = set()
+        for step, outcome, board in self.by_hand(search, gap):
+            outcomes.add(outcome)
+            assert {(e.path, e.score, e.macs) for e in step.board_after} == set(board), outcome
+        assert outcomes >= self.OUTCOMES
+        for step, following in zip(search.steps, search.steps[1:], strict=False):
+            for entry in following.board if following.epoch != step.epoch else ():
+                assert entry.score == share_of_held_out(step.space_after, sample_of(entry.path))
+
+
+def test_a_single_image_left_over_scores_no_path() -> None:
+    """Feature maps of one pixel: with its own statistics a single image would be an error."""
+    data, held_out = labelled_images(6 * BATCH, 0, size=1), labelled_images(9, 1, size=1)
+    search = Search(data, held_out=DataLoader(held_out, batch_size=4), board_size=6).run()
+    state = search.strategy.supernet.state_dict()
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        answers(state, SAMPLES[0], held_out.tensors[0][8:])
+    entries = search.module.board.entries
+    assert len(entries) >= 4
+    for entry in entries:
+        shares = [percent_correct(state, sample_of(entry.path), batch) for batch in batches(held_out, 4)[:2]]
+        assert entry.score == pytest.approx(sum(shares) / 2)
+    # The ranking normalises with running statistics, and can take all images.
+    assert all(9 * path.accuracy == pytest.approx(round(9 * path.accuracy)) for path in search.module.ranking)
+    assert not all(8 * path.accuracy == pytest.approx(round(8 * path.accuracy)) for path in search.module.ranking)
+
+
 class TestRanking:
-    def test_accuracy_has_batch_norms_of_the_path(self, run: Callable[..., Search]) -> None:
-        search = run(teacher="matching")
+    @staticmethod
+    def network(search: Search, sample: dict[str, int], batches: int | None) -> nn.Module:
+        """The path with batch-norm statistics that are the average over the first training batches."""
+        network = space_of(search.strategy.supernet.state_dict()).freeze(sample)
+        for module in network.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.momentum = None
+                module.reset_running_stats()
+        with torch.no_grad():
+            for images, _ in search.batches()[:batches]:
+                network.train()(images)
+        return network.eval()
+
+    @pytest.mark.parametrize("calibration", [1, 2, 20])
+    def test_accuracy_has_batch_norms_of_the_path(self, calibration: int, run: Callable[..., Search]) -> None:
+        search = run(teacher="matching", recalibration_batches=calibration)
         accuracies = {}
         for entry in search.module.board.entries:
-            network = space_of(search.strategy.supernet.state_dict()).freeze(sample_of(entry.path))
-            for module in network.modules():
-                if isinstance(module, nn.BatchNorm2d):
-                    module.momentum = None
-                    module.reset_running_stats()
-            with torch.no_grad():
-                for images, _ in search.batches(BATCH):
-                    network.train()(images)
-                correct = sum(
-                    int((network.eval()(images).argmax(-1) == labels).sum()) for images, labels in search.batches(BATCH)
-                )
-            accuracies[entry.path] = correct / len(search.data)
-        assert {path_of(ranked.sample): ranked.accuracy for ranked in search.module.ranking} == accuracies
+            network = self.network(search, sample_of(entry.path), calibration)
+            images, labels = HELD_OUT.tensors
+            accuracies[entry.path] = (network(images).argmax(-1) == labels).double().mean().item()
+        found = {path_of(ranked.sample): ranked.accuracy for ranked in search.module.ranking}
+        assert found == pytest.approx(accuracies, abs=1e-12)
         assert len(set(accuracies.values())) > 1
 
     def test_order_and_costs(self, run: Callable[..., Search]) -> None:
@@ -582,13 +753,26 @@ class TestRanking:
             assert path.accuracy <= 1 - same.accuracy
         assert [p.accuracy for p in other] != [p.accuracy for p in straight]
 
-    def test_calibrated_network_has_the_accuracy_of_the_ranking(self, run: Callable[..., Search]) -> None:
-        search = run(teacher="matching")
-        best = search.module.ranking[0]
-        network = search.module.calibrated_network(best.sample).eval()
-        images, labels = search.data.tensors
-        with torch.no_grad():
-            assert (network(images).argmax(-1) == labels).double().mean().item() == pytest.approx(best.accuracy)
+    @pytest.mark.parametrize("calibration", [1, 2, 20])
+    def test_calibrated_network_is_that_of_the_ranking(self, calibration: int, run: Callable[..., Search]) -> None:
+        search = run(teacher="matching", recalibration_batches=calibration)
+        sample = search.module.ranking[0].sample
+        network = search.module.calibrated_network(sample).eval()
+        images, _ = HELD_OUT.tensors
+        logits = network(images)
+        torch.testing.assert_close(logits, self.network(search, sample, calibration)(images), rtol=1e-9, atol=1e-12)
+        assert not torch.allclose(logits, self.network(search, sample, 3)(images))
+
+    def test_of_equal_accuracies_the_cheaper_path_is_first(self, data: TensorDataset) -> None:
+        # Nobody ever answers with this class.
+        images, labels = data.tensors
+        loader = DataLoader(TensorDataset(images, torch.full_like(labels, CLASSES)), batch_size=BATCH)
+        search = Search(data, teacher="none", board_size=6, ranking_dataloader=loader).run()
+        assert {path.accuracy for path in search.module.ranking} == {0.0}
+        costs = [path.cost.macs for path in search.module.ranking]
+        assert len(costs) == len(set(costs)) >= 4
+        assert costs == sorted(costs)
+        assert costs != sorted(costs, reverse=True) != [entry.macs for entry in search.module.board.entries] != costs
 
 
 class TestResume:
@@ -620,6 +804,16 @@ class TestResume:
         resumed = self.run_to_the_end(data, checkpoint, num_sanity_val_steps=2)
         self.assert_same_end(resumed, self.run_to_the_end(data, None))
 
+    def test_a_search_that_was_interrupted_before_its_ranking(self, data: TensorDataset, tmp_path: Path) -> None:
+        saver = ModelCheckpoint(tmp_path, save_last=True)
+        straight = Search(data, callbacks=(saver,), trainer={"enable_checkpointing": True}).run()
+        resumed = Search(data, checkpoint=tmp_path / "last.ckpt").run()
+        assert not resumed.steps
+        assert len(straight.module.ranking) >= 3
+        assert resumed.module.ranking == straight.module.ranking
+        assert resumed.final == straight.final
+        assert len(resumed.final) == 1
+
     def test_state_is_plain_data(self, run: Callable[..., Search], data: TensorDataset) -> None:
         module = run(teacher="matching").module
         state: dict[str, Any] = {}
@@ -638,7 +832,9 @@ class TestResume:
 def test_other_precisions(precision: str, data: TensorDataset) -> None:
     torch.set_default_dtype(torch.float32)
     images, labels = data.tensors
-    search = Search(TensorDataset(images.float(), labels), meta_interval=3, trainer={"precision": precision}).run()
+    data = TensorDataset(images.float(), labels)
+    held_out = DataLoader(data, batch_size=2 * BATCH)
+    search = Search(data, held_out=held_out, meta_interval=3, trainer={"precision": precision}).run()
     assert len(search.module.ranking) >= 3
     assert all(torch.isfinite(parameter).all() for parameter in search.module.parameters())
 
@@ -660,6 +856,15 @@ class TestUserErrors:
         evaluator = Classification(num_classes=CLASSES, train_dataloaders=DataLoader(data), **TRAINER)
         with pytest.raises(UserError, match="needs validation images"):
             CreamStrategy()(RawFormatModelSpace.from_model(Space(), evaluator), SequentialExecutionEngine())
+
+    @pytest.mark.parametrize(
+        ("batch", "kept", "message"),
+        [(1, 4, "validation batch has 1, and board_images is 4"), (20, 1, "validation batch has 20, .* is 1")],
+    )
+    def test_batches_of_one_image(self, batch: int, kept: int, message: str, data: TensorDataset) -> None:
+        with pytest.raises(UserError, match=f"at least 2 images: .*{message}"):
+            Search(data, held_out=DataLoader(HELD_OUT, batch_size=batch), board_images=kept).initialize()
+        Search(data, held_out=DataLoader(HELD_OUT, batch_size=2), board_images=2).initialize()
 
     def test_more_images_to_keep_than_a_batch_has(self, data: TensorDataset) -> None:
         # No path could ever enter the board, and the search would end without an architecture.

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 
+from nni_cream.models.cream import Choice
 from nni_cream.supernet.batch_norm import batch_statistics, recalibrated
 
 
@@ -38,7 +39,12 @@ def images(seed: int, number: int = 6) -> Tensor:
 
 def state(layers: nn.Module) -> tuple[dict[str, Tensor], list[object]]:
     modes = [
-        (module.training, getattr(module, "track_running_stats", None), getattr(module, "momentum", None))
+        (
+            module.training,
+            getattr(module, "track_running_stats", None),
+            getattr(module, "momentum", None),
+            set(vars(module)),
+        )
         for module in layers.modules()
     ]
     return copy.deepcopy(layers.state_dict()), modes
@@ -105,6 +111,54 @@ class TestBatchStatistics:
                 layers(images(1))
             layers(images(2))
         assert_unchanged(layers, before)
+
+
+def channels(number: int, *size: int) -> Tensor:
+    return torch.randn(6, number, *size, dtype=torch.float64, generator=torch.Generator().manual_seed(8))
+
+
+def fail_after(module: nn.Module, batch: Tensor) -> None:
+    module(batch)
+    raise RuntimeError("stop")
+
+
+class TestGroups:
+    """Several batches in one, each normalised by itself."""
+
+    CASES = (
+        pytest.param(nn.BatchNorm2d(4), channels(4, 5, 5), id="BatchNorm2d"),
+        pytest.param(nn.BatchNorm1d(4), channels(4), id="BatchNorm1d"),
+        pytest.param(nn.BatchNorm1d(4, affine=False), channels(4, 7), id="BatchNorm1d of sequences"),
+        pytest.param(BatchNormAct2d(4, act_layer=nn.SiLU), channels(4, 5, 5), id="BatchNormAct2d"),
+        pytest.param(Choice(3, 4).build(8, 8, 1), channels(8, 5, 5), id="Cream block"),
+        pytest.param(network(), images(4), id="network"),
+    )
+
+    @pytest.mark.parametrize("groups", [1, 2, 3])
+    @pytest.mark.parametrize(("module", "batch"), CASES)
+    def test_equal_the_groups_one_by_one(self, module: nn.Module, batch: Tensor, groups: int) -> None:
+        module = copy.deepcopy(module).double().eval()
+        formats = [torch.contiguous_format, *([torch.channels_last] if batch.ndim == 4 else [])]
+        with batch_statistics(module):
+            expected = torch.cat([module(group) for group in batch.split(len(batch) // groups)])
+            together = module(batch)
+        assert torch.allclose(together, expected) == (groups == 1)
+        for memory_format in formats:
+            with batch_statistics(module, groups):
+                ours = module(batch.contiguous(memory_format=memory_format))
+            torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-12)
+
+    @pytest.mark.parametrize("training", [True, False])
+    @pytest.mark.parametrize(("module", "batch"), CASES)
+    def test_nothing_is_left_behind(self, module: nn.Module, batch: Tensor, training: bool) -> None:
+        module = copy.deepcopy(module).double().train(training)
+        before = state(module)
+        with batch_statistics(module, groups=2):
+            module(batch)
+        assert_unchanged(module, before)
+        with pytest.raises(RuntimeError, match="stop"), batch_statistics(module, groups=2):
+            fail_after(module, batch)
+        assert_unchanged(module, before)
 
 
 class TestRecalibrated:
