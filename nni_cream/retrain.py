@@ -71,15 +71,17 @@ def retrain(recipe: RetrainRecipe, candidate: Candidate, directory: RunDirectory
         recipe.label_smoothing,
     )
     module.set_model(network)
+    trainer = make_trainer(recipe.epochs, recipe.device, directory)
+    training, validation = splits.retraining_parts()
+    training_loader = make_loader(training, data, training=True)
+
     # Everything has been checked by now: a start that fails must not claim the folder.
     directory.begin(to_yaml(recipe), recipe.seed)
     reporter = Reporter(directory.path, quiet=on_terminal())
     reporter.install()
-    trainer = make_trainer(recipe.epochs, recipe.device, directory)
-    training, validation = splits.retraining_parts()
     trainer.fit(
         module,
-        make_loader(training, data, training=True),
+        training_loader,
         make_loader(validation, data),
         ckpt_path=directory.checkpoint if directory.checkpoint.exists() else None,
     )

@@ -25,7 +25,8 @@ from nni_cream.recipe import Data, EvaluationRecipe
 
 PATH = CreamPath.parse("[0] [0] [1] [2] [3] [0] [0]")
 DIGITS = Data(name="digits", resolution=32, batch_size=50).model_dump(mode="json")
-FOREIGN = {"data": {"name": "digits", "resolution": 32}}
+RESIZINGS = ("bilinear", "bicubic")
+FOREIGN: dict[str, dict[str, Any]] = {"data": {"name": "digits", "resolution": 32}}
 
 
 def with_opinions(network: nn.Module, seed: int) -> Any:
@@ -76,15 +77,15 @@ def as_in_training(network: nn.Module, resolution: int = 32) -> tuple[float, flo
     return accuracies(network, [test[i][0] for i in range(len(test))], test.labels.tolist())
 
 
-def as_timm_would(network: nn.Module, resolution: int) -> tuple[float, float]:
-    """With the margin, the resizing and the colours of ``cream_14``'s configuration, written out."""
+def as_timm_would(network: nn.Module, resolution: int, resampling: Any = Image.Resampling.BICUBIC) -> Any:
+    """Both accuracies, with the margin, the resizing and the colours of ``cream_14``'s configuration, written out."""
     test = digits(resolution).test
     larger = int(resolution / 0.875)
     margin = round((larger - resolution) / 2)
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
     images = []
     for index in test.indices.tolist():
-        resized = test.images.rgb(index).resize((larger, larger), Image.Resampling.BICUBIC)
+        resized = test.images.rgb(index).resize((larger, larger), resampling)
         pixels = torch.tensor(np.array(resized))[margin : margin + resolution, margin : margin + resolution]
         images.append(((pixels / 255 - mean) / std).permute(2, 0, 1))
     return accuracies(network, images, test.labels.tolist())
@@ -120,6 +121,13 @@ class TestOurCheckpoint:
 
     def test_is_read_in_any_layout_of_the_memory(self, ours: Path) -> None:
         assert measured(ours, {"device": {"memory_format": "contiguous_format"}}) == measured(ours)
+
+    @pytest.mark.parametrize("batch_size", [2, 7, 358, 1000])
+    def test_is_tested_in_batches_of_any_size(self, ours: Path, batch_size: int) -> None:
+        expected = measured(ours)
+        result = measured(ours, {"data": {"batch_size": batch_size}})
+        assert (result.images, result.data.batch_size) == (359, batch_size)
+        assert (result.top1, result.top5) == pytest.approx((expected.top1, expected.top5), abs=1e-6)
 
     def test_may_be_of_one_of_timms_networks(self, tmp_path: Path, foreign: list[nn.Module]) -> None:
         file = tmp_path / "model.safetensors"
@@ -191,6 +199,17 @@ class TestForeignCheckpoint:
         assert result.data.resolution == 64
         assert result.flops == measure_network(foreign[0], 64).macs
         assert (result.top1, result.top5) == pytest.approx(as_timm_would(foreign[1], 64), abs=1e-6)
+
+    @pytest.mark.parametrize("interpolation", RESIZINGS)
+    def test_is_tested_on_images_resized_as_asked_for(
+        self, theirs: Path, foreign: list[nn.Module], interpolation: str
+    ) -> None:
+        expected = {name: as_timm_would(foreign[1], 32, Image.Resampling[name.upper()]) for name in RESIZINGS}
+        assert len(set(expected.values())) == 2
+        result = measured(
+            theirs, {"data": {**FOREIGN["data"], "augmentation": {"interpolation": interpolation}}}, "cream_14"
+        )
+        assert (result.top1, result.top5) == pytest.approx(expected[interpolation], abs=1e-6)
 
     def test_of_a_network_with_two_classifiers_and_one_size(self, tmp_path: Path) -> None:
         model = "deit_tiny_distilled_patch16_224"

@@ -193,7 +193,12 @@ class TestWrongValues:
             # Settings that do not go together.
             ({"flops": {"min": 3, "max": 2}}, "flops: min is 3, above max 2."),
             ({"cream": {"warmup_epochs": 30}}, "cream.warmup_epochs is 30"),
-            ({"cream": {"board_images": 33}}, "cream.board_images is 33"),
+            ({"cream": {"board_images": 1}}, "'cream.board_images' is 1, but should be greater than or equal to 2."),
+            ({"cream": {"board_images": 33}}, "data.batch_size is 64: make it at most half of that."),
+            ({"cream": {"board_images": 33}}, "cream.board_images is 33, but learning to match takes two slices"),
+            ({"cream": {"board_images": 65, "teacher": "top1"}}, "data.batch_size is 64: make it at most as much."),
+            ({"cream": {"board_images": 65, "teacher": "none"}}, "is 65, but an entry keeps as many images from a b"),
+            ({"data": {"batch_size": 7}}, "cream.board_images is 4, but learning to match takes two slices"),
             ({"cream": {"prior": [0, 0]}}, "cream: the prior gives every candidate probability 0."),
             ({"cream": {"prior": []}}, "cream: the prior gives every candidate probability 0."),
             ({"cream": {"prior": [1, -1]}}, "'cream.prior[1]' is -1, but should be greater than or equal to 0."),
@@ -211,6 +216,12 @@ class TestWrongValues:
             ({"name": "a\n"}, "'name' is 'a\\n', but should match"),
             ({"cream": {"teacher": "x"}}, "'cream.teacher' is 'x', but should be 'matching', 'top1' or 'none'."),
             ({"schedule": {"name": "x"}}, "'schedule.name' is 'x', but should be 'linear', 'cosine' or 'constant'."),
+            ({"space": {"resunit": "basic"}}, "'space.resunit' is 'basic', but should be a list."),
+            ({"space": {"resunit": True}}, "space.resunit: true is not a value for this setting."),
+            (
+                {"space": {"resunit": ["basic", "wide"]}},
+                "'space.resunit[1]' is 'wide', but should be 'bottleneck' or 'basic'.",
+            ),
         ],
         ids=str,
     )
@@ -232,7 +243,12 @@ class TestWrongValues:
             {"flops": {"min": 2, "max": 2}},
             {"cream": {"warmup_epochs": 29}},
             {"cream": {"board_images": 32}},
-            {"cream": {"board_images": 33, "teacher": "top1"}},
+            {"cream": {"board_images": 2}, "data": {"batch_size": 4}},
+            {"cream": {"board_images": 64, "teacher": "top1"}},
+            {"cream": {"board_images": 64, "teacher": "none"}},
+            {"space": {"resunit": ["basic", "bottleneck"]}},
+            {"space": {"resunit": []}},
+            {"data": {"resolution": None}},
             {"cream": {"prior": [0, 1]}},
             {"schedule": {"warmup_epochs": 29, "min_lr": 0.1}},
             {"optimizer": {"lr": "1e-4"}},  # YAML 1.1 reads 1e-4 as text.
@@ -383,6 +399,26 @@ class TestOverrides:
         with pytest.raises(UserError) as caught:
             parse_override(text)
         assert repr(text) in checked_sentence(str(caught.value))
+
+
+class TestDataOfASearch:
+    def test_takes_the_resolution_that_follows_from_the_interval(self, tmp_path: Path) -> None:
+        file = write(tmp_path, SMALLEST | {"data": {"name": "digits", "resolution": 48, "workers": 3, "folder": "a"}})
+        assert load_recipe(CreamRecipe, file, {}).data.resolution == 48
+        recipe = load_recipe(CreamRecipe, file, dict([parse_override("data.resolution=null")]))
+        assert recipe.data.resolution is None
+        assert recipe.data.at(96) == Data(name="digits", resolution=96, workers=3, folder=Path("a"))
+        (tmp_path / "written.yml").write_text(to_yaml(recipe), encoding="utf-8")
+        assert load_recipe(CreamRecipe, tmp_path / "written.yml", {}) == recipe
+
+    def test_is_the_only_one_without_a_resolution(self) -> None:
+        with pytest.raises(ValueError, match="resolution"):
+            Data.model_validate({"resolution": None})
+        with pytest.raises(ValueError, match="resolution"):
+            CreamRecipe.model_validate({**SMALLEST, "data": {"resolution": None}}).data.at(4)
+        for inheriting in (ChildData(resolution=None), EvaluationData(resolution=None)):
+            assert inheriting.completed({}).resolution == 32
+            assert inheriting.completed({"resolution": 48}).resolution == 48
 
 
 class TestDataOfAChild:

@@ -1,9 +1,431 @@
 from __future__ import annotations
 
-import pytest
+import functools
+import itertools
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar
 
-from nni_cream.recipe import Data
-from nni_cream.search import load_splits
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from nni_cream.architecture import CreamPath
+from nni_cream.child import Child
+from nni_cream.cost import Cost, measure, measure_network, measure_space
+from nni_cream.data import Augmentation, DataSplits, Fractions, LabelledImages, load_data
+from nni_cream.errors import UserError
+from nni_cream.models.cream import OPERATIONS, STAGES, STEM_CHANNELS, build_child
+from nni_cream.recipe import CreamRecipe, Data, Flops, load_recipe, parse_override, to_yaml
+from nni_cream.reporting import Reporter
+from nni_cream.runs import RunDirectory
+from nni_cream.search import load_splits, make_loader, refuse_unreachable, search_cream
+from nni_cream.strategies.cream_module import RankedPath
+from search_spaces.cream import CreamSpace, SpacePlan
+
+# Every setting is another than its default. The depths are 1, 2, 3, 3, 1, and candidate 6 is operation 9, the residual
+# unit; candidate 7 leaves the block out.
+RECIPE: dict[str, Any] = {
+    "name": "stub",
+    "seed": 5,
+    "epochs": 7,
+    "data": {
+        "name": "digits",
+        "resolution": 32,
+        "batch_size": 48,
+        "validation_fraction": 0.2,
+        "architecture_fraction": 0.15,
+        "augmentation": {"hflip": 0.3, "interpolation": "bicubic"},
+    },
+    "optimizer": {"name": "adam", "lr": 0.02, "momentum": 0.8, "weight_decay": 0.003},
+    "schedule": {"name": "cosine", "warmup_epochs": 2, "warmup_lr": 1e-5, "min_lr": 1e-4},
+    "flops": {"min": 0.5, "max": 6},
+    "space": {"resunit": ["basic"], "skip": True},
+}
+CREAM: dict[str, Any] = {
+    "board_size": 6,
+    "board_images": 9,
+    "admission_gap": 3.5,
+    "warmup_epochs": 4,
+    "prior": "board",
+    "teacher": "top1",
+    "label_smoothing": 0.05,
+    "meta_interval": 11,
+    "matching_lr": 0.003,
+    "recalibration_batches": 13,
+}
+
+
+class Stub:
+    """Stands in the place of ``CreamStrategy``: takes notes, and has found ``ranking`` without searching."""
+
+    ranking: ClassVar[list[RankedPath]] = []
+    made: ClassVar[list[Stub]] = []
+    refusal: ClassVar[UserError | None] = None
+
+    def __init__(self, **settings: Any) -> None:
+        self.settings = settings
+        self.oneshot_module = self
+        self.has_run = False
+        self.made.append(self)
+
+    def initialize(self, model_space: Any, engine: Any) -> None:
+        self.space, self.evaluator = model_space.model_space, model_space.evaluator
+        if self.refusal:
+            raise self.refusal
+        if not self.ranking:
+            self.ranking.append(ranked(CreamPath.of([[0], *([0] * depth for depth in self.space.depths), [0]]), 1, 2))
+
+    def run(self) -> None:
+        self.has_run = True
+
+    @torch.no_grad()
+    def calibrated_network(self, sample: dict[str, Any]) -> nn.Module:
+        """The network of the path at place i, with nothing but i in it."""
+        (place,) = (i for i, path in enumerate(self.ranking) if path.sample == sample)
+        network = build_child(self.space.architecture(sample), num_classes=10)
+        for tensor in network.state_dict().values():
+            tensor.fill_(place)
+        return network
+
+
+@pytest.fixture(autouse=True)
+def _stub(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Stub, "ranking", [])
+    monkeypatch.setattr(Stub, "made", [])
+    monkeypatch.setattr(Stub, "refusal", None)
+    monkeypatch.setattr("nni_cream.search.CreamStrategy", Stub)
+    if request.cls is not TestFolder:
+        # It measures two spaces, which takes longer than all the rest.
+        monkeypatch.setattr("nni_cream.search.refuse_unreachable", lambda *_: None)
+
+
+def ranked(path: CreamPath, accuracy: float, macs: int) -> RankedPath:
+    return RankedPath(path.to_sample(), accuracy, Cost(macs, 7 * macs))
+
+
+def search(folder: Path, changes: dict[str, Any] | None = None, **cream: Any) -> tuple[Child, Stub]:
+    recipe = CreamRecipe.model_validate({**RECIPE, **(changes or {}), "cream": {**CREAM, **cream}})
+    child = search_cream(recipe, RunDirectory(folder))
+    (strategy,) = Stub.made
+    return child, strategy
+
+
+@pytest.fixture(scope="module")
+def splits() -> DataSplits:
+    return load_data(
+        "digits",
+        resolution=32,
+        seed=5,
+        augmentation=Augmentation(hflip=0.3, interpolation="bicubic"),
+        fractions=Fractions(validation=0.2, architecture=0.15),
+    )
+
+
+class TestWhatASearchIsGiven:
+    def test_every_setting_reaches_the_strategy(self, tmp_path: Path) -> None:
+        _, strategy = search(tmp_path)
+        del strategy.settings["ranking_dataloader"]
+        assert strategy.settings == {**CREAM, "flops_range": (500_000, 6_000_000), "seed": 5}
+        assert strategy.has_run
+
+    def test_probabilities_reach_the_blocks(self, tmp_path: Path) -> None:
+        _, strategy = search(tmp_path, prior=[1, 2, 3, 4, 5, 6, 7, 8])
+        depths = (1, 2, 3, 3, 1)
+        # The first block of a stage cannot be left out.
+        assert strategy.settings["prior"] == {
+            f"stage{stage}_block{block}": (1, 2, 3, 4, 5, 6, 7, 8)[: 8 if block else 7]
+            for stage, depth in enumerate(depths, start=1)
+            for block in range(depth)
+        }
+        assert strategy.space.depths == depths
+
+    def test_weights_architecture_and_ranking_see_their_own_part(self, tmp_path: Path, splits: DataSplits) -> None:
+        _, strategy = search(tmp_path)
+        training, validation = strategy.evaluator.train_dataloaders, strategy.evaluator.val_dataloaders
+        ranking = strategy.settings["ranking_dataloader"]
+        loaders = (training, validation, ranking)
+        parts = [splits.weights, splits.architecture, splits.validation]
+        assert [loader.dataset.indices.tolist() for loader in loaders] == [part.indices.tolist() for part in parts]
+        assert len({len(part) for part in parts}) == 3
+        assert [str(loader.dataset.transform) for loader in loaders] == [str(part.transform) for part in parts]
+        # Only training drops what is left over.
+        assert [sum(len(labels) for _, labels in loader) for loader in loaders] == [
+            len(splits.weights) // 48 * 48,
+            len(splits.architecture),
+            len(splits.validation),
+        ]
+
+    def test_optimizer_schedule_and_length(self, tmp_path: Path) -> None:
+        _, strategy = search(tmp_path)
+        module = strategy.evaluator.module
+        assert module.optimizer_arguments == {"opt": "adam", "lr": 0.02, "momentum": 0.8, "weight_decay": 0.003}
+        assert module.schedule_arguments == {
+            "sched": "cosine",
+            "warmup_epochs": 2,
+            "warmup_lr": 1e-5,
+            "min_lr": 1e-4,
+        }
+        assert strategy.evaluator.trainer.max_epochs == 7
+
+    @pytest.mark.parametrize("memory_format", ["channels_last", "contiguous_format"])
+    def test_layout_in_memory(self, tmp_path: Path, memory_format: str) -> None:
+        _, strategy = search(tmp_path, {"device": {"memory_format": memory_format}})
+        stem = strategy.space.conv_stem.weight
+        assert stem.is_contiguous(memory_format=getattr(torch, memory_format))
+
+    def test_a_checkpoint_if_there_is_one(self, tmp_path: Path) -> None:
+        _, strategy = search(tmp_path / "new")
+        assert strategy.evaluator.fit_kwargs == {}
+        Stub.made.clear()
+        checkpoint = tmp_path / "old" / "checkpoints" / "last.ckpt"
+        checkpoint.parent.mkdir(parents=True)
+        checkpoint.touch()
+        _, strategy = search(tmp_path / "old")
+        assert strategy.evaluator.fit_kwargs == {"ckpt_path": checkpoint}
+
+    @pytest.mark.parametrize(
+        ("flops", "resolution", "depths"),
+        [
+            ({"min": 0, "max": 600}, 224, (4, 4, 4, 4, 4)),
+            ({"min": 0, "max": 30}, 128, (1, 1, 1, 1, 1)),
+        ],
+        ids=str,
+    )
+    def test_a_resolution_that_follows_from_the_interval(
+        self, repository: Path, tmp_path: Path, flops: dict[str, float], resolution: int, depths: tuple[int, ...]
+    ) -> None:
+        overrides = {**dict([parse_override("data.resolution=null")]), "flops": flops}
+        recipe = load_recipe(CreamRecipe, repository / "tests/experiments/tiny_recipe.yml", overrides)
+        child = search_cream(recipe, RunDirectory(tmp_path))
+        (strategy,) = Stub.made
+        assert strategy.space.depths == depths
+        assert child.data == {**recipe.data.model_dump(mode="json"), "resolution": resolution}
+        assert json.loads((tmp_path / "child.json").read_text())["data"] == child.data
+        for loader in (strategy.evaluator.train_dataloaders, strategy.settings["ranking_dataloader"]):
+            assert loader.dataset[0][0].shape == (3, resolution, resolution)
+
+
+class TestWhatASearchEndsWith:
+    # The third and the fourth skip other blocks than the first and the second, and are the same networks.
+    RANKING = (
+        ([[0], [1], [2, 3], [0, 7, 4], [6, 1, 1], [5], [0]], 0.9, 300),
+        ([[0], [4], [3, 7], [5, 2, 7], [1, 7, 6], [0], [0]], 0.8, 500),
+        ([[0], [1], [2, 3], [0, 4, 7], [6, 1, 1], [5], [0]], 0.75, 301),
+        ([[0], [4], [3, 7], [5, 7, 2], [1, 6, 7], [0], [0]], 0.7, 501),
+        ([[0], [0], [0, 0], [0, 0, 0], [0, 0, 0], [0], [0]], 0.6, 200),
+        ([[0], [5], [0, 7], [0, 7, 7], [0, 7, 7], [0], [0]], 0.5, 400),
+    )
+    BEST = ((0,), (1,), (2, 3), (0, 4), (9, 1, 1), (5,), (0,))
+    OTHERS = (
+        {"path": [[0], [4], [3], [5, 2], [1, 9], [0], [0]], "accuracy": 0.8, "flops": 500, "params": 3500},
+        {"path": [[0], [0], [0, 0], [0, 0, 0], [0, 0, 0], [0], [0]], "accuracy": 0.6, "flops": 200, "params": 1400},
+        {"path": [[0], [5], [0], [0], [0], [0], [0]], "accuracy": 0.5, "flops": 400, "params": 2800},
+    )
+
+    @pytest.fixture(autouse=True)
+    def _found(self, _stub: None) -> None:
+        Stub.ranking.extend(ranked(CreamPath.of(path), accuracy, macs) for path, accuracy, macs in self.RANKING)
+
+    def test_the_best_path_and_those_after_it(self, tmp_path: Path) -> None:
+        child, _ = search(tmp_path)
+        data = Data.model_validate(RECIPE["data"]).model_dump(mode="json")
+        assert child == Child(
+            path=CreamPath(self.BEST),
+            num_classes=10,
+            accuracy=0.9,
+            flops=300,
+            params=2100,
+            data=data,
+            search={"name": "stub", "seed": 5, "epochs": 7},
+            runners_up=list(self.OTHERS),
+        )
+        assert Child.load(tmp_path / "child.json") == child
+
+    def test_one_that_skips_otherwise_stands_for_both_where_it_is_the_better(self, tmp_path: Path) -> None:
+        Stub.ranking[:4] = [Stub.ranking[place] for place in (2, 3, 0, 1)]
+        child, _ = search(tmp_path)
+        assert (child.path.stages, child.accuracy, child.flops) == (self.BEST, 0.75, 301)
+        assert [(other["accuracy"], other["flops"]) for other in child.runners_up] == [
+            (0.7, 501),
+            (0.6, 200),
+            (0.5, 400),
+        ]
+
+    def test_calibrated_weights_of_the_best(self, tmp_path: Path) -> None:
+        child, _ = search(tmp_path)
+        weights = load_file(tmp_path / "child.safetensors")
+        expected = child.build().state_dict()
+        assert {name: tensor.shape for name, tensor in weights.items()} == {n: t.shape for n, t in expected.items()}
+        assert not any(tensor.any() for tensor in weights.values())
+
+    def test_a_report_to_the_tuner_and_to_a_person(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        reported: list[dict[str, Any]] = []
+        monkeypatch.setattr(Reporter, "final", lambda _, metrics: reported.append(metrics))
+        Stub.ranking[0] = RankedPath(Stub.ranking[0].sample, 0.98765, Cost(3_701_696, 1_244_890))
+        search(tmp_path)
+        path = str([list(stage) for stage in self.BEST])
+        assert reported == [{"default": 0.98765, "flops": 3_701_696, "params": 1_244_890, "path": path}]
+        assert capsys.readouterr().out.splitlines() == [
+            f"path:      {path}",
+            "FLOPs:     3.70 M multiply-accumulates",
+            "params:    1.245 M",
+            "accuracy:  0.9877 with shared weights, on held-out images",
+            f"folder:    {tmp_path}",
+        ]
+
+    def test_the_same_again_searches_nothing(self, tmp_path: Path) -> None:
+        child, _ = search(tmp_path)
+        before = (tmp_path / "child.json").stat().st_mtime_ns
+        assert search(tmp_path)[0] == child  # search() makes sure that there has been one strategy
+        assert (tmp_path / "child.json").stat().st_mtime_ns == before
+
+
+class TestFolder:
+    def test_is_claimed_by_a_search_that_starts(self, tmp_path: Path) -> None:
+        search(tmp_path)
+        assert (tmp_path / "recipe.yml").read_text() == to_yaml(CreamRecipe.model_validate({**RECIPE, "cream": CREAM}))
+        assert json.loads((tmp_path / "environment.json").read_text())["seed"] == 5
+
+    def test_is_not_claimed_by_one_that_the_strategy_refuses(self, tmp_path: Path) -> None:
+        Stub.refusal = UserError("No.")
+        with pytest.raises(UserError, match="No"):
+            search(tmp_path / "run")
+        assert not (tmp_path / "run").exists()
+
+    @pytest.mark.parametrize(
+        ("changes", "expected"),
+        [
+            ({"flops": {"min": 400, "max": 500}}, "No network costs 400 M to 500 M"),
+            ({"optimizer": {"name": "sdg"}}, "timm has no optimizer 'sdg'"),
+            ({"data": {**RECIPE["data"], "batch_size": 8000}}, "data.batch_size is 8000"),
+        ],
+        ids=str,
+    )
+    def test_is_not_claimed_by_settings_that_do_not_fit(
+        self, tmp_path: Path, changes: dict[str, Any], expected: str
+    ) -> None:
+        recipe = CreamRecipe.model_validate({**RECIPE, **changes, "cream": CREAM})
+        with pytest.raises(UserError, match=expected):
+            search_cream(recipe, RunDirectory(tmp_path / "run"))
+        assert not (tmp_path / "run").exists()
+        assert not any(strategy.has_run for strategy in Stub.made)
+
+
+def images(number: int) -> LabelledImages:
+    """As many, each of them its own number."""
+    numbers: Any = list(range(number))
+    return numbers
+
+
+def batches(number: int, batch_size: int, **options: Any) -> list[list[int]]:
+    return [batch.tolist() for batch in make_loader(images(number), Data(batch_size=batch_size), **options)]
+
+
+class TestBatches:
+    @pytest.mark.parametrize("batch_size", [2, 3, 4, 5, 7, 8, 16, 48, 64, 71, 143, 1000])
+    def test_of_an_evaluation_are_as_equal_as_can_be(self, batch_size: int) -> None:
+        for number in (*range(2, 40), 143, 144, 359, 400):
+            found = batches(number, batch_size)
+            assert list(itertools.chain(*found)) == list(range(number))
+            sizes = [len(batch) for batch in found]
+            assert min(sizes) >= 2
+            assert max(sizes) - min(sizes) <= 1
+            if batch_size == 2 and number % 2:
+                assert sorted(sizes) == [2] * (number // 2 - 1) + [3]
+            else:
+                assert max(sizes) <= batch_size
+                assert len(sizes) == -(-number // batch_size)
+
+    def test_of_one_image_cannot_be_helped(self) -> None:
+        assert batches(1, 8) == [[0]]
+
+    def test_of_a_training_are_full_and_shuffled(self) -> None:
+        loader = make_loader(images(50), Data(batch_size=8), training=True)
+        epochs = [[batch.tolist() for batch in loader] for _ in range(2)]
+        for found in epochs:
+            assert [len(batch) for batch in found] == [8] * 6
+            seen = list(itertools.chain(*found))
+            assert len(set(seen)) == 48
+            assert seen != sorted(seen)
+        assert epochs[0] != epochs[1]
+
+    def test_of_a_training_need_as_many_images(self) -> None:
+        assert sorted(batches(8, 8, training=True)[0]) == list(range(8))
+        with pytest.raises(UserError) as caught:
+            make_loader(images(7), Data(batch_size=8), training=True)
+        assert str(caught.value) == ("data.batch_size is 8, but there are 7 images to train on: make it at most that.")
+
+    @pytest.mark.parametrize("training", [True, False])
+    @pytest.mark.parametrize("workers", [0, 2])
+    def test_are_loaded_by_workers_that_stay(self, training: bool, workers: int) -> None:
+        loader = make_loader(images(8), Data(batch_size=4, workers=workers), training=training)
+        assert (loader.num_workers, loader.persistent_workers) == (workers, workers > 0)
+
+
+def cheapest_and_dearest(operations: Sequence[int], resolution: int, num_classes: int) -> list[int]:
+    """MACs of the network with one block a stage, the cheapest, and of that with four, the dearest."""
+
+    def in_order(source: int, target: int, stride: int, size: int) -> list[int]:
+        images = torch.empty(1, source, size, size)
+        costs = {i: measure(OPERATIONS[i].build(source, target, stride), images).macs for i in operations}
+        return sorted(operations, key=costs.__getitem__)
+
+    low, high = [], []
+    size, channels = -(-resolution // 2), STEM_CHANNELS
+    with torch.device("meta"):
+        for stage in STAGES:
+            first = in_order(channels, stage.channels, stage.stride, size)
+            size, channels = -(-size // stage.stride), stage.channels
+            further = in_order(channels, channels, 1, size)
+            low.append([first[0]])
+            high.append([first[-1], *[further[-1]] * 3])
+        networks = (build_child(CreamPath.of([[0], *s, [0]]), num_classes=num_classes) for s in (low, high))
+        return [measure_network(network, resolution).macs for network in networks]
+
+
+@pytest.mark.parametrize(
+    ("options", "operations", "resolution"),
+    [
+        ({}, range(6), 32),
+        ({"aligned": True, "skip": True}, range(6), 64),
+        ({"dil_conv": True}, range(8), 32),
+        ({"resunit": ("basic",)}, (*range(6), 9), 32),
+        ({"dil_conv": True, "resunit": ("bottleneck", "basic"), "skip": True}, range(10), 48),
+    ],
+    ids=str,
+)
+def test_intervals_without_any_network_are_refused(
+    monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], operations: Sequence[int], resolution: int
+) -> None:
+    # Slow, and asked for the same every time.
+    monkeypatch.setattr("search_spaces.cream.CreamSpace", functools.cache(CreamSpace))
+    monkeypatch.setattr("nni_cream.search.measure_space", functools.cache(measure_space))
+    low, high = (macs / 1e6 for macs in cheapest_and_dearest(operations, resolution, 7))
+    plan = SpacePlan((2, 2, 2, 2, 2), resolution)  # whatever the depths
+
+    def refusal(minimum: float, maximum: float) -> str:
+        with pytest.raises(UserError) as caught:
+            refuse_unreachable(Flops(min=minimum, max=maximum), plan, options, 7)
+        return str(caught.value)
+
+    for minimum, maximum in ((0, low), (high, high), (high, 1000), (low + 0.1, low + 0.2)):
+        refuse_unreachable(Flops(min=minimum, max=maximum), plan, options, 7)
+    assert refusal(0, low - 1e-6)
+    assert refusal(high + 1e-6, 1000)
+    assert refusal(0.01, 0.02) == (
+        "No network costs 0.01 M to 0.02 M multiply-accumulates (flops.min to flops.max) at "
+        f"{resolution} pixels: those of this space cost {low:.4g} M to {high:.4g} M."
+    )
+
+
+def test_further_operations_widen_the_interval() -> None:
+    plain, further = (cheapest_and_dearest(range(number), 32, 10) for number in (6, 10))
+    assert further[0] < plain[0] < plain[1] < further[1]
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from timm.data.constants import DEFAULT_CROP_PCT, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import DropPath
 from torch import nn
 from torchvision.models import resnet
@@ -113,21 +114,31 @@ class TestForward:
         network = self.network(case).train()
         logits = network(standard_normal(case["input_seed"], *case["input_shape"]))
         exact = torch.tensor(case["train_logits"], dtype=torch.float64)
-        torch.testing.assert_close(logits, exact, rtol=0, atol=1e-9)
+        torch.testing.assert_close(logits, exact, rtol=0, atol=1e-12)
         loss = nn.functional.cross_entropy(logits, torch.tensor([3, 7]))
-        assert loss.item() == pytest.approx(case["train_loss_ce_target_3_7"], abs=1e-9)
+        assert loss.item() == pytest.approx(case["train_loss_ce_target_3_7"], abs=1e-12)
         loss.backward()
         gradients = {name: p.grad.abs().sum().item() for name, p in network.named_parameters() if p.grad is not None}
-        assert gradients == pytest.approx(case["grad_abs_sum"], rel=1e-6)
+        assert gradients == pytest.approx(case["grad_abs_sum"], rel=1e-9)
 
 
 @pytest.mark.usefixtures("on_meta")
 class TestTimmConventions:
-    def test_default_configuration(self) -> None:
-        for name, published in PUBLISHED.items():
-            configuration = timm.create_model(name).default_cfg
-            assert configuration["input_size"] == (3, published.resolution, published.resolution)
-            assert configuration["pool_size"] == (published.resolution // 32,) * 2
+    @pytest.mark.parametrize(("name", "row"), NETWORKS)
+    def test_default_configuration(self, name: str, row: dict[str, Any]) -> None:
+        configuration = timm.create_model(name).default_cfg
+        size = row["image_size"]
+        expected = {
+            "num_classes": 1000,
+            "input_size": (3, size, size),
+            "pool_size": {64: (2, 2), 96: (3, 3), 160: (5, 5), 224: (7, 7)}[size],
+            "crop_pct": DEFAULT_CROP_PCT,
+            "interpolation": "bicubic",
+            "mean": IMAGENET_DEFAULT_MEAN,
+            "std": IMAGENET_DEFAULT_STD,
+        }
+        assert {key: configuration[key] for key in expected} == expected
+        assert (DEFAULT_CROP_PCT, *IMAGENET_DEFAULT_MEAN) == (0.875, 0.485, 0.456, 0.406)
 
     def test_named_layers_exist(self) -> None:
         network = timm.create_model("cream_14", num_classes=7)
