@@ -88,7 +88,7 @@ class CreamPath:
         return cls.of(stages)
 
     def to_sample(self) -> dict[str, int]:
-        """Return the NNI sample that freezes the Cream space to this path."""
+        """Return the NNI sample that freezes the Cream space, without further operations or skips, to this path."""
         return {block_label(s, b): choice for s, stage in enumerate(self.stages) for b, choice in enumerate(stage)}
 
     def to_lists(self) -> list[list[int]]:

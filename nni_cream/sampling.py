@@ -37,7 +37,7 @@ class PathSampler:
         UserError: if no path lies in the interval; it says which costs are nearest.
     """
 
-    # Enough for the exact costs of the Cream space up to 64 pixels; beyond, few draws are rejected.
+    # Enough for the exact costs of the default Cream space at 32 and 64 pixels; elsewhere few draws are rejected.
     _cells = 1 << 17
     # Met only by intervals a millionth of the whole range wide.
     _patience = 20_000
