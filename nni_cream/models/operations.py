@@ -16,9 +16,10 @@ class DilConv(nn.Module):
         out_channels: number of output channels.
         kernel: kernel size, odd.
         stride: stride of the depthwise convolution.
+        affine: whether the batch norm scales and shifts.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, kernel: int, stride: int) -> None:
+    def __init__(self, in_channels: int, out_channels: int, kernel: int, stride: int, *, affine: bool = True) -> None:
         super().__init__()
         self.op = nn.Sequential(
             nn.ReLU(),
@@ -33,7 +34,7 @@ class DilConv(nn.Module):
                 bias=False,
             ),
             nn.Conv2d(in_channels, out_channels, 1, bias=False),
-            nn.BatchNorm2d(out_channels),
+            nn.BatchNorm2d(out_channels, affine=affine),
         )
 
     def forward(self, features: Tensor) -> Tensor:
