@@ -5,7 +5,7 @@ from __future__ import annotations
 from types import ModuleType
 from typing import Any, Final
 
-STRATEGIES: Final = ("CreamStrategy",)
+STRATEGIES: Final = ("CreamStrategy", "DartsStrategy")
 
 
 def offer_strategies(nni_strategies: ModuleType) -> None:
@@ -28,4 +28,4 @@ def offer_strategies(nni_strategies: ModuleType) -> None:
 
 def offer_networks(_timm_models: ModuleType) -> None:
     """Add the published networks to timm's registry; called when ``timm.models`` has been imported."""
-    from nni_cream.models import cream  # noqa: F401 (registers on import)
+    from nni_cream.models import cream, darts  # noqa: F401 (they register on import)

@@ -1,0 +1,49 @@
+"""The curvature of the validation loss in α, whose sharp rise announces that a DARTS search collapses.
+
+Source: Zela et al., "Understanding and Robustifying Differentiable Architecture Search", ICLR 2020, section 4.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Final
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.sparse.linalg import LinearOperator, eigsh
+from torch import Tensor
+
+_TOLERANCE: Final = 1e-3
+
+
+def dominant_eigenvalue(loss: Callable[[Sequence[Tensor]], Tensor], alphas: Sequence[Tensor]) -> float:
+    """Return the largest eigenvalue of ∇²α L, by Lanczos iteration on exact Hessian-vector products.
+
+    Args:
+        loss: L, a scalar function of α.
+        alphas: where; they are not changed.
+    """
+    variables = [alpha.detach().requires_grad_() for alpha in alphas]
+    with torch.enable_grad():
+        gradients = torch.autograd.grad(
+            loss(variables), variables, create_graph=True, allow_unused=True, materialize_grads=True
+        )
+    sizes = [alpha.numel() for alpha in alphas]
+
+    def product(vector: NDArray[np.float64]) -> NDArray[np.float64]:
+        pieces = torch.from_numpy(np.asarray(vector, dtype=np.float64).reshape(-1)).split(sizes)
+        directions = [piece.view(a.shape).to(a) for piece, a in zip(pieces, alphas, strict=True)]
+        rows = torch.autograd.grad(
+            gradients, variables, directions, retain_graph=True, allow_unused=True, materialize_grads=True
+        )
+        flat: NDArray[np.float64] = torch.cat([row.flatten() for row in rows]).double().cpu().numpy()
+        return flat
+
+    size = sum(sizes)
+    if size == 1:
+        return float(product(np.ones(1))[0])
+    operator = LinearOperator((size, size), matvec=product, dtype=np.float64)
+    # The start decides how many products are needed, not the result; a fixed one draws no random numbers.
+    (largest,) = eigsh(operator, k=1, which="LA", v0=np.ones(size), tol=_TOLERANCE, return_eigenvectors=False)
+    return float(largest)

@@ -1,0 +1,228 @@
+"""Gradients of the validation loss in the architecture α, seen through a step of the weights w.
+
+DARTS looks for the α that minimises L_val(w'(α), α), where w' is what one step of SGD on L_train makes of w:
+
+    w'(α) = w − s·∇w L_train(w, α) − (momentum and weight decay, which do not depend on α)
+
+with s the learning rate. So (Liu et al., "DARTS", ICLR 2019, equation 7, with momentum and weight decay):
+
+    dL_val/dα = ∇α L_val(w', α) − ∇²α,w L_train(w, α) · s·∇w' L_val(w', α)
+
+The functions here have one signature and differ in the second, implicit term: :func:`first_order` leaves it out (and
+takes w' = w), :func:`finite_difference` estimates it as the published code does, :func:`exact` differentiates. They are
+pure: losses are functions of (w, α), nothing that is given is changed, and no ``.grad`` is touched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from nni_cream.errors import UserError
+
+Loss = Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor]
+
+PUBLISHED_RADIUS: Final = 0.01
+
+
+@dataclass(frozen=True)
+class ParameterStep:
+    """How one step of SGD changes one parameter: w' = w − ``scale``·g − ``decay``·w − ``drift``·m.
+
+    Attributes:
+        scale: factor of the gradient g, the learning rate (with Nesterov's momentum μ times 1 + μ).
+        decay: factor of the parameter itself, from weight decay.
+        drift: factor of the momentum buffer m.
+        buffer: m, of the parameter's shape; None where there is none yet.
+    """
+
+    scale: float
+    decay: float
+    drift: float
+    buffer: Tensor | None
+
+
+Step = Sequence[ParameterStep]
+
+
+def sgd_step(optimizer: torch.optim.Optimizer, weights: Sequence[Tensor]) -> list[ParameterStep]:
+    """Return what the next step of ``optimizer`` does to ``weights``, apart from their gradient.
+
+    Raises:
+        UserError: if it is not ``torch.optim.SGD``, or dampens or maximises: its step is another formula then.
+    """
+    if type(optimizer) is not torch.optim.SGD:
+        raise UserError(
+            f"The unrolled step is one of SGD, but the optimizer of the weights is {type(optimizer).__name__}; take "
+            "torch.optim.SGD ('sgd' or 'momentum' in a recipe), or order: first."
+        )
+    steps: dict[Tensor, ParameterStep] = {}
+    for group in optimizer.param_groups:
+        if group["dampening"] or group["maximize"]:
+            raise UserError("The unrolled step knows neither dampening nor maximize; leave them out of the optimizer.")
+        lr, momentum = float(group["lr"]), float(group["momentum"])
+        scale, drift = (lr * (1 + momentum), lr * momentum**2) if group["nesterov"] else (lr, lr * momentum)
+        for parameter in group["params"]:
+            buffer = optimizer.state.get(parameter, {}).get("momentum_buffer")
+            steps[parameter] = ParameterStep(scale, scale * float(group["weight_decay"]), drift, buffer)
+    return [steps[weight] for weight in weights]
+
+
+@dataclass(frozen=True)
+class Hypergradient:
+    """What the validation loss does when α changes.
+
+    Attributes:
+        gradients: dL_val/dα, one tensor for each of ``alphas``.
+        implicit: the part of it that comes through the weights; zeros for the first order.
+        valid_loss: L_val at the weights that it was measured at, a scalar.
+    """
+
+    gradients: tuple[Tensor, ...]
+    implicit: tuple[Tensor, ...]
+    valid_loss: Tensor
+
+
+def first_order(
+    train_loss: Loss, valid_loss: Loss, weights: Sequence[Tensor], alphas: Sequence[Tensor], step: Step
+) -> Hypergradient:
+    """Return ∇α L_val(w, α): as if the weights did not depend on α (section 2.3, ξ = 0).
+
+    Args:
+        train_loss: L_train, not called.
+        valid_loss: L_val, a scalar function of (weights, alphas).
+        weights: w.
+        alphas: α.
+        step: the step of the weights, not read.
+    """
+    with _leaves(alphas) as variables:
+        loss = valid_loss([weight.detach() for weight in weights], variables)
+        gradients = _gradients(loss, variables)
+    return Hypergradient(gradients, tuple(torch.zeros_like(alpha) for alpha in alphas), loss.detach())
+
+
+def finite_difference(
+    train_loss: Loss,
+    valid_loss: Loss,
+    weights: Sequence[Tensor],
+    alphas: Sequence[Tensor],
+    step: Step,
+    radius: float = PUBLISHED_RADIUS,
+) -> Hypergradient:
+    """Return the hypergradient with the implicit term as a central difference, as published (equation 8).
+
+    The weights move by ±ε·v along v = s·∇w' L_val, with ε = ``radius`` / ‖v‖, and ∇α L_train is taken at both ends.
+    With ReLU or max pooling in the network the kinks in between make this another quantity than :func:`exact`
+    (``docs/darts.md``).
+
+    Args:
+        train_loss: L_train, a scalar function of (weights, alphas).
+        valid_loss: L_val, likewise.
+        weights: w.
+        alphas: α.
+        step: the step of the weights, from :func:`sgd_step`.
+        radius: how far the weights move, in the Euclidean norm.
+    """
+    unrolled = _unroll(train_loss, valid_loss, weights, alphas, step)
+    norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(v) for v in unrolled.direction]))
+    # Where the validation loss does not depend on the weights there is nothing to differentiate through.
+    epsilon = radius / norm if norm > 0 else torch.zeros_like(norm)
+
+    def at(sign: int) -> tuple[Tensor, ...]:
+        moved = [w.detach() + sign * epsilon * v for w, v in zip(weights, unrolled.direction, strict=True)]
+        with _leaves(alphas) as variables:
+            return _gradients(train_loss(moved, variables), variables)
+
+    if norm > 0:
+        implicit = tuple((b - a) / (2 * epsilon) for a, b in zip(at(1), at(-1), strict=True))
+    else:
+        implicit = tuple(torch.zeros_like(alpha) for alpha in alphas)
+    return unrolled.hypergradient(implicit)
+
+
+def exact(
+    train_loss: Loss, valid_loss: Loss, weights: Sequence[Tensor], alphas: Sequence[Tensor], step: Step
+) -> Hypergradient:
+    """Return the hypergradient by automatic differentiation.
+
+    The implicit term is a derivative of ∇α L_train along a direction in w, so forward mode over reverse mode gives it
+    in one pass: no gradient in the weights is needed and no graph of a gradient is kept.
+
+    Args:
+        train_loss: L_train, a scalar function of (weights, alphas).
+        valid_loss: L_val, likewise.
+        weights: w.
+        alphas: α.
+        step: the step of the weights, from :func:`sgd_step`.
+    """
+    unrolled = _unroll(train_loss, valid_loss, weights, alphas, step)
+    with forward_ad.dual_level(), _leaves(alphas) as variables:
+        moving = [
+            forward_ad.make_dual(weight.detach(), direction)
+            for weight, direction in zip(weights, unrolled.direction, strict=True)
+        ]
+        gradients = _gradients(train_loss(moving, variables), variables)
+        tangents = [forward_ad.unpack_dual(gradient).tangent for gradient in gradients]
+        implicit = tuple(
+            torch.zeros_like(alpha) if tangent is None else -tangent.detach()
+            for alpha, tangent in zip(alphas, tangents, strict=True)
+        )
+    return unrolled.hypergradient(implicit)
+
+
+@dataclass(frozen=True)
+class _Unrolled:
+    """L_val after the step: its gradient in α at fixed w', and s·∇w' L_val, the direction of the implicit term."""
+
+    direct: tuple[Tensor, ...]
+    direction: tuple[Tensor, ...]
+    valid_loss: Tensor
+
+    def hypergradient(self, implicit: tuple[Tensor, ...]) -> Hypergradient:
+        total = tuple(a + b for a, b in zip(self.direct, implicit, strict=True))
+        return Hypergradient(total, implicit, self.valid_loss)
+
+
+def _unroll(
+    train_loss: Loss, valid_loss: Loss, weights: Sequence[Tensor], alphas: Sequence[Tensor], step: Step
+) -> _Unrolled:
+    with _leaves(weights) as variables:
+        loss = train_loss(variables, [alpha.detach() for alpha in alphas])
+        slopes = torch.autograd.grad(loss, variables, allow_unused=True)
+    moved = []
+    for weight, slope, how in zip(weights, slopes, step, strict=True):
+        after = weight.detach()
+        # The optimizer leaves alone what has no gradient.
+        if slope is not None:
+            after = after - how.scale * slope - how.decay * after
+            if how.buffer is not None:
+                after = after - how.drift * how.buffer
+        moved.append(after)
+    with _leaves(moved) as variables, _leaves(alphas) as architecture:
+        loss = valid_loss(variables, architecture)
+        gradients = _gradients(loss, [*variables, *architecture])
+    by_weights, direct = gradients[: len(moved)], gradients[len(moved) :]
+    # A weight that no step has moved does not depend on α.
+    direction = tuple(
+        torch.zeros_like(v) if slope is None else how.scale * v
+        for v, slope, how in zip(by_weights, slopes, step, strict=True)
+    )
+    return _Unrolled(direct, direction, loss.detach())
+
+
+@contextmanager
+def _leaves(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Give detached views of ``tensors`` that can be differentiated by."""
+    with torch.enable_grad():
+        yield [tensor.detach().requires_grad_() for tensor in tensors]
+
+
+def _gradients(loss: Tensor, variables: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    gradients: Any = torch.autograd.grad(loss, list(variables), allow_unused=True, materialize_grads=True)
+    return tuple(gradients)

@@ -1,0 +1,340 @@
+"""The DARTS search as a Lightning module: what a step, an epoch, and the end of a search do.
+
+Source: Liu et al., "DARTS: Differentiable Architecture Search", ICLR 2019, algorithm 1. ``docs/darts.md`` says where we
+depart from the published code, and why.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any, Final, Literal
+
+import nni
+import torch
+import torch.nn.functional as F
+from nni.nas.evaluator.pytorch import LightningModule
+from nni.nas.oneshot.pytorch.base_lightning import BaseOneShotLightningModule
+from torch import Tensor, nn
+from torchmetrics import MeanMetric
+from torchmetrics.aggregation import SumMetric
+
+from nni_cream import hypergradient
+from nni_cream.collapse import WINDOW, rises_sharply
+from nni_cream.curvature import dominant_eigenvalue
+from nni_cream.errors import UserError
+from nni_cream.genotype import CellKind, entropy
+from nni_cream.hypergradient import Hypergradient
+from nni_cream.supernet.alphas import Alphas
+from nni_cream.supernet.expected_cost import ExpectedCost
+from nni_cream.supernet.functional import pure_loss
+from nni_cream.supernet.mixed_cell import MixedCell
+
+HypergradientKind = Literal["exact", "finite_difference"]
+EigenvalueGuard = Literal["off", "track", "stop", "rollback"]
+Batch = tuple[Tensor, Tensor]
+
+TRAIN: Final = "train"
+ALPHA: Final = "alpha"
+
+
+@dataclass(frozen=True)
+class DartsSettings:
+    """What :class:`DartsStrategy` is told; the attributes are described there."""
+
+    order: Literal["first", "second"]
+    hypergradient: HypergradientKind
+    radius: float
+    warmup_epochs: int
+    alpha_lr: float
+    alpha_betas: tuple[float, float]
+    alpha_weight_decay: float
+    gradient_clip: float | None
+    label_smoothing: float
+    stop_above_skips: int | None
+    skip_limit: int | None
+    eigenvalue: EigenvalueGuard
+    flops_target: float | None
+    flops_weight: float
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """What is remembered of an epoch, so that a search can go back to it.
+
+    Attributes:
+        alphas: the tables of α after it.
+        val_accuracy: of the supernet, in [0, 1].
+        eigenvalue: dominant eigenvalue of the validation Hessian in α; None where it is not tracked.
+    """
+
+    alphas: list[Tensor]
+    val_accuracy: float
+    eigenvalue: float | None
+
+
+class DartsLightningModule(BaseOneShotLightningModule):
+    """The search itself; see :class:`DartsStrategy`.
+
+    Args:
+        training_module: the evaluator's module. Its ``forward`` gives logits, its ``configure_optimizers`` the
+            optimizer and the schedule of the weights.
+        settings: as given to the strategy.
+        alphas: α.
+        expected_cost: E[MACs] as a function of α, if it is to be held down.
+    """
+
+    def __init__(
+        self,
+        training_module: LightningModule,
+        settings: DartsSettings,
+        alphas: Alphas,
+        expected_cost: ExpectedCost | None,
+    ) -> None:
+        super().__init__(training_module)
+        self.settings = settings
+        self.alphas = alphas
+        self.expected_cost = expected_cost
+        self.epochs: list[Epoch] = []
+        self.ended_because: str | None = None
+        self._alpha_names = [f"alphas.{name}" for name, _ in alphas.named_parameters()]
+        self._weight_names: list[str] = []
+        self._weights: list[Tensor] = []
+        self._train_loss = MeanMetric()
+        self._train_accuracy = MeanMetric()
+        self._alpha_loss = MeanMetric()
+        self._correct = SumMetric()
+        self._seen = SumMetric()
+
+    def set_model(self, model: nn.Module) -> None:
+        """Take the relaxed space, whose parameters are the weights."""
+        super().set_model(model)
+        named = {f"training_module.{name}": p for name, p in self.training_module.named_parameters()}
+        self._weight_names = [name for name, parameter in named.items() if parameter.requires_grad]
+        self._weights = [named[name] for name in self._weight_names]
+
+    # The step.
+
+    def configure_architecture_optimizers(self) -> torch.optim.Optimizer:
+        """Return the optimizer of α."""
+        settings = self.settings
+        return torch.optim.Adam(
+            self.alphas.parameters(),
+            lr=settings.alpha_lr,
+            betas=settings.alpha_betas,
+            weight_decay=settings.alpha_weight_decay,
+        )
+
+    def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
+        """Let the evaluator's module decide how its schedule steps."""
+        self.training_module.lr_scheduler_step(scheduler, metric)
+
+    def on_train_start(self) -> None:
+        """Check, before anything is trained, that α learns and that the step of the weights can be unrolled."""
+        super().on_train_start()
+        # A search that was ended, and interrupted after that, has nothing left to train.
+        self.trainer.should_stop = self.ended_because is not None
+        epochs = self.trainer.max_epochs
+        if epochs is not None and 0 <= epochs <= self.settings.warmup_epochs:
+            raise UserError(
+                f"α learns after {self.settings.warmup_epochs} warm-up epochs, but training lasts {epochs}: make "
+                "darts.warmup_epochs smaller than epochs."
+            )
+        if self.settings.order == "second":
+            hypergradient.sgd_step(self._weight_optimizer(), self._weights)
+
+    def training_step(self, batch: dict[str, Batch], batch_idx: int) -> Tensor:
+        """Move α by a validation batch, then the weights by a training batch (algorithm 1)."""
+        images, targets = batch[TRAIN]
+        if self.trainer.current_epoch >= self.settings.warmup_epochs:
+            self._architecture_step(batch[TRAIN], batch[ALPHA])
+        with self._fixed_alphas():
+            logits = self.training_module(images)
+            loss = self._criterion(logits, targets)
+            self.advance_optimization(loss, batch_idx, self.settings.gradient_clip, "norm")
+        self.advance_lr_schedulers(batch_idx)
+        self._train_loss.update(loss.detach())
+        self._train_accuracy.update((logits.argmax(-1) == targets).float().mean())
+        self.log("train_loss", loss.detach(), prog_bar=True)
+        return loss.detach()
+
+    def _architecture_step(self, training: Batch, validation: Batch) -> None:
+        result = self.hypergradient(training, validation)
+        gradients = result.gradients
+        if self.expected_cost is not None:
+            gradients = tuple(a + b for a, b in zip(gradients, self._cost_gradients(), strict=True))
+        optimizer: Any = self.architecture_optimizers()
+        for table, gradient in zip(self.alphas.parameters(), gradients, strict=True):
+            table.grad = gradient
+        # Not through Lightning, whose loss scaling (16-mixed) knows nothing of this gradient.
+        optimizer.optimizer.step()
+        optimizer.optimizer.zero_grad()
+        self._alpha_loss.update(result.valid_loss)
+        self.log("alpha_loss", result.valid_loss)
+
+    def hypergradient(self, training: Batch, validation: Batch) -> Hypergradient:
+        """Return the gradient of the validation loss in α, of the kind that the settings ask for."""
+        train_loss, valid_loss = self.pure_loss(training), self.pure_loss(validation)
+        alphas = list(self.alphas.parameters())
+        if self.settings.order == "first":
+            return hypergradient.first_order(train_loss, valid_loss, self._weights, alphas, ())
+        step = hypergradient.sgd_step(self._weight_optimizer(), self._weights)
+        if self.settings.hypergradient == "exact":
+            return hypergradient.exact(train_loss, valid_loss, self._weights, alphas, step)
+        return hypergradient.finite_difference(
+            train_loss, valid_loss, self._weights, alphas, step, self.settings.radius
+        )
+
+    def pure_loss(self, batch: Batch) -> Any:
+        """Return the loss on ``batch`` as a function of (weights, alphas), which changes nothing in the supernet."""
+        images, targets = batch
+        names = (self._weight_names, self._alpha_names)
+        return pure_loss(self, names, lambda logits: self._criterion(logits, targets), images)
+
+    def _criterion(self, logits: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(logits, targets, label_smoothing=self.settings.label_smoothing)
+
+    def cost_penalty(self, alphas: list[Tensor]) -> Tensor:
+        """Return what is added to the validation loss: weight·max(0, E[MACs] / target − 1), a scalar."""
+        assert self.expected_cost is not None
+        assert self.settings.flops_target is not None
+        excess = self.expected_cost(alphas) / self.settings.flops_target - 1
+        return self.settings.flops_weight * F.relu(excess)
+
+    def _cost_gradients(self) -> tuple[Tensor, ...]:
+        variables = [alpha.detach().requires_grad_() for alpha in self.alphas.parameters()]
+        with torch.enable_grad():
+            penalty = self.cost_penalty(variables)
+        return torch.autograd.grad(penalty, variables, allow_unused=True, materialize_grads=True)
+
+    @contextmanager
+    def _fixed_alphas(self) -> Iterator[None]:
+        # The step of the weights has no use for a gradient in α, and it costs a pass over every operation's output.
+        self.alphas.requires_grad_(False)
+        try:
+            yield
+        finally:
+            self.alphas.requires_grad_(True)
+
+    def _weight_optimizer(self) -> torch.optim.Optimizer:
+        optimizers: list[torch.optim.Optimizer] = self.trainer.optimizers
+        return next(o for o in optimizers if not getattr(o, "is_arch_optimizer", False))
+
+    # The epoch.
+
+    def on_train_epoch_start(self) -> None:
+        """Begin new averages."""
+        super().on_train_epoch_start()
+        for metric in (self._train_loss, self._train_accuracy, self._alpha_loss):
+            metric.reset()
+
+    def on_validation_epoch_start(self) -> None:
+        """Begin a new count."""
+        self._correct.reset()
+        self._seen.reset()
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Measure the supernet on one held-out batch."""
+        images, targets = batch
+        self._correct.update((self.training_module(images).argmax(-1) == targets).sum())
+        self._seen.update(len(targets))
+
+    def on_train_epoch_end(self) -> None:
+        """Report the epoch, whose validation is over by now, and end the search if it collapses.
+
+        Not at the end of the validation, which Lightning runs in inference mode: there is no Hessian in it.
+        """
+        super().on_train_epoch_end()
+        accuracy = (self._correct.compute() / self._seen.compute()).item()
+        metrics: dict[str, Any] = {
+            "val_accuracy": accuracy,
+            "train_loss": self._train_loss.compute().item(),
+            "train_accuracy": self._train_accuracy.compute().item(),
+        }
+        learning = self.trainer.current_epoch >= self.settings.warmup_epochs
+        if learning:
+            metrics["alpha_loss"] = self._alpha_loss.compute().item()
+        metrics |= self._describe_alphas()
+        eigenvalue = None
+        if learning and self.settings.eigenvalue != "off":
+            metrics["eigenvalue"] = eigenvalue = self._dominant_eigenvalue()
+        self.log_dict({name: float(value) for name, value in metrics.items() if name != "train_loss"})
+        if self.trainer.is_global_zero:
+            nni.report_intermediate_result({"default": accuracy, "epoch": self.trainer.current_epoch + 1, **metrics})
+        tables = [table.detach().cpu().clone() for table in self.alphas.parameters()]
+        self.epochs.append(Epoch(tables, accuracy, eigenvalue))
+        if learning:
+            self._end_if_it_collapses()
+
+    def _describe_alphas(self) -> dict[str, Any]:
+        tables = {name: self.alphas[name].detach().float().cpu().numpy() for name in self.alphas}
+        rows = {name: table.reshape(-1, table.shape[-1]) for name, table in tables.items()}
+        total = sum(len(table) for table in rows.values())
+        described: dict[str, Any] = {"entropy": sum(len(table) * entropy(table) for table in rows.values()) / total}
+        cells = self.cells()
+        for kind, cell in cells.items():
+            described[f"entropy_{kind}"] = entropy(tables[kind])
+            described[f"skip_connections_{kind}"] = cell.skip_connections()
+        if self.expected_cost is not None:
+            with torch.no_grad():
+                described["expected_flops"] = self.expected_cost(list(self.alphas.parameters())).item()
+        return described
+
+    def cells(self) -> dict[CellKind, MixedCell]:
+        """Return a cell of each kind; none in a space without cells."""
+        found: dict[CellKind, MixedCell] = {}
+        for module in self.model.modules():
+            if isinstance(module, MixedCell):
+                found.setdefault(module.kind, module)
+        return found
+
+    def _dominant_eigenvalue(self) -> float:
+        batch = self._moved(next(iter(self.trainer.val_dataloaders)))
+        loss = self.pure_loss(batch)
+        return dominant_eigenvalue(lambda alphas: loss(self._weights, alphas), list(self.alphas.parameters()))
+
+    def _moved(self, batch: Batch) -> Batch:
+        images, targets = batch
+        return images.to(self.device), targets.to(self.device)
+
+    # The end.
+
+    def _end_if_it_collapses(self) -> None:
+        settings, normal = self.settings, self.cells().get("normal")
+        limit = settings.stop_above_skips
+        if limit is not None and normal is not None and normal.skip_connections() > limit:
+            self._end(f"the normal cell keeps {normal.skip_connections()} skip connections, more than {limit}", back=1)
+            return
+        eigenvalues = [epoch.eigenvalue for epoch in self.epochs if epoch.eigenvalue is not None]
+        if settings.eigenvalue in ("stop", "rollback") and rises_sharply(eigenvalues):
+            back = WINDOW if settings.eigenvalue == "rollback" else 0
+            self._end("the dominant eigenvalue of the validation Hessian rises sharply", back)
+
+    def _end(self, why: str, back: int) -> None:
+        """End the search with α as it was ``back`` epochs ago."""
+        learning = self.epochs[self.settings.warmup_epochs :]
+        chosen = learning[max(0, len(learning) - 1 - back)]
+        number = self.epochs.index(chosen) + 1
+        with torch.no_grad():
+            for table, value in zip(self.alphas.parameters(), chosen.alphas, strict=True):
+                table.copy_(value)
+        self.ended_because = f"{why}; the result is that of epoch {number}"
+        self.epochs.append(chosen)
+        self.trainer.should_stop = True
+
+    def on_fit_end(self) -> None:
+        """Report the result. The evaluator's own report is of no architecture and is left out."""
+        if self.trainer.is_global_zero and self.epochs:
+            nni.report_final_result({"default": self.epochs[-1].val_accuracy, "architecture": self.export()})
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep what Lightning does not know of."""
+        epochs = [asdict(epoch) for epoch in self.epochs]
+        checkpoint["darts"] = {"epochs": epochs, "ended_because": self.ended_because}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Restore what :meth:`on_save_checkpoint` kept."""
+        state = checkpoint["darts"]
+        self.epochs = [Epoch(**epoch) for epoch in state["epochs"]]
+        self.ended_because = state["ended_because"]
