@@ -1,4 +1,5 @@
 # make search   a search on real images: prepares .venv, runs experiments/cream.yml through NNI, prints what it found
+# make search-darts   the same with experiments/darts.yml, and then trains what it found
 # make test     every test, the slow ones too
 # make check    formatting, lint, types
 # make clean    removes .venv; runs/ is yours and stays
@@ -8,10 +9,14 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: search test test-fast check clean
+.PHONY: search search-darts test test-fast check clean
 
 search: $(VENV)/installed
 	@$(BIN)/python -m nni_cream.experiment experiments/cream.yml
+
+search-darts: $(VENV)/installed
+	@$(BIN)/python -m nni_cream.experiment experiments/darts.yml
+	@$(BIN)/python trials/retrain_child.py
 
 test: $(VENV)/installed-dev
 	$(BIN)/python -m pytest

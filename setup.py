@@ -40,6 +40,8 @@ setup(
         "pytorch-lightning>=2.4,<3",
         "torchmetrics>=1.4",
         "numpy>=1.26",
+        "scipy>=1.10",
+        "matplotlib>=3.8",
         "pydantic>=2.7,<3",
         "pyyaml>=6",
         "safetensors>=0.4.5",

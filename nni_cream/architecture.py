@@ -91,9 +91,9 @@ class CreamPath:
         """Return the NNI sample that freezes the Cream space, without further operations or skips, to this path."""
         return {block_label(s, b): choice for s, stage in enumerate(self.stages) for b, choice in enumerate(stage)}
 
-    def to_lists(self) -> list[list[int]]:
+    def to_json(self) -> list[list[int]]:
         """Return the path as nested lists, for JSON."""
         return [list(stage) for stage in self.stages]
 
     def __str__(self) -> str:
-        return str(self.to_lists())
+        return str(self.to_json())

@@ -7,6 +7,7 @@ a child or of a training, says by itself what network it is of and which data th
 
 from __future__ import annotations
 
+import difflib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from nni_cream.architecture import CreamPath
 from nni_cream.errors import UserError
+from nni_cream.genotype import Genotype
 from nni_cream.runs import read_json, write_atomically, write_json
 
 if TYPE_CHECKING:
@@ -22,8 +24,13 @@ if TYPE_CHECKING:
 
 FORMAT: Final = "nni_cream.child/1"
 NETWORK_FORMAT: Final = "nni_cream.network/1"
+PUBLISHED_FALLBACK: Final = "cream_14"
+
+# The key under which a child file has its architecture.
+_KEYS: Final[dict[type[CreamPath] | type[Genotype], str]] = {CreamPath: "path", Genotype: "genotype"}
 
 _TYPES: Final[dict[str, type | tuple[type, ...]]] = {
+    "space": dict,
     "num_classes": int,
     "accuracy": (int, float),
     "flops": int,
@@ -39,17 +46,18 @@ class Child:
     """What a search found.
 
     Attributes:
-        path: the architecture.
+        architecture: a path of Cream, or a genotype of DARTS.
         num_classes: number of classes it was searched for.
-        accuracy: of the path with shared weights, on held-out images, in [0, 1].
-        flops: multiply-accumulates for one image at the search resolution.
+        accuracy: of the child with shared weights, on held-out images, in [0, 1].
+        flops: multiply-accumulates for one image at the search resolution (of DARTS, at the size of the search).
         params: number of parameters.
         data: the data settings of the search (``name``, ``folder``, ``resolution``, …).
         search: name and seed of the search.
-        runners_up: the other paths of the board, the best first.
+        runners_up: the other paths of the board, the best first; none in DARTS.
+        space: arguments of the DARTS space that it was found in; empty in Cream, where the path says all.
     """
 
-    path: CreamPath
+    architecture: CreamPath | Genotype
     num_classes: int
     accuracy: float
     flops: int
@@ -57,17 +65,24 @@ class Child:
     data: dict[str, Any]
     search: dict[str, Any]
     runners_up: list[dict[str, Any]] = field(default_factory=list)
+    space: dict[str, Any] = field(default_factory=dict)
 
     def save(self, file: Path, network: nn.Module) -> None:
         """Write ``file`` and, first, the weights of ``network`` beside it, each atomically."""
         save_network(
             file.with_suffix(".safetensors"),
             network,
-            architecture=str(self.path),
+            architecture=str(self.architecture),
             num_classes=self.num_classes,
             data=self.data,
+            size={"kind": "search", **self.space} if self.space else {},
         )
-        write_json(file, {"format": FORMAT, **asdict(self), "path": self.path.to_lists()})
+        content = asdict(self)
+        del content["architecture"]
+        if not self.space:
+            del content["space"]
+        key = _KEYS[type(self.architecture)]
+        write_json(file, {"format": FORMAT, key: self.architecture.to_json(), **content})
 
     @classmethod
     def load(cls, file: Path) -> Child:
@@ -80,7 +95,13 @@ class Child:
         if not isinstance(content, dict) or content.pop("format", None) != FORMAT:
             raise UserError(f"{file} is not a child of a search: its 'format' should be {FORMAT!r}.")
         content.setdefault("runners_up", [])
-        known = [item.name for item in fields(cls)]
+        content.setdefault("space", {})
+        found = [(kind, key) for kind, key in _KEYS.items() if key in content]
+        if len(found) != 1:
+            raise UserError(f"{file} is not a child of a search: it should have either 'path' or 'genotype'.")
+        ((kind, key),) = found
+        architecture = content.pop(key)
+        known = [item.name for item in fields(cls) if item.name != "architecture"]
         for name in [*known, *content]:
             if name not in content:
                 raise UserError(f"{file} is not a complete child of a search: {name!r} is missing.")
@@ -89,31 +110,116 @@ class Child:
             if name in _TYPES and not isinstance(content[name], _TYPES[name]):
                 raise UserError(f"{file} is not a child of a search: {name!r} cannot be {content[name]!r}.")
         try:
-            path = CreamPath.of(content["path"])
+            return cls(architecture=kind.of(architecture), **content)
         except TypeError:
-            raise UserError(f"{file} is not a child of a search: 'path' should be a list of lists.") from None
+            raise UserError(f"{file} is not a child of a search: {key!r} should be a list of lists.") from None
         except UserError as error:
             raise UserError(f"{file} is not a child of a search: {error}") from None
-        return cls(**{**content, "path": path})
 
-    def build(self, *, num_classes: int | None = None, drop_rate: float = 0.0) -> nn.Module:
-        """Build the network, [N, 3, R, R] to logits, with new weights."""
+
+@dataclass(frozen=True)
+class Candidate:
+    """What is trained: a child file, or where there is none the published network of that name."""
+
+    file: Path | None
+    name: str = PUBLISHED_FALLBACK
+
+    def load(self) -> Child | None:
+        """Read the child file.
+
+        Raises:
+            UserError: if it is not one.
+        """
+        return None if self.file is None else Child.load(self.file)
+
+
+def build_network(
+    architecture: str,
+    num_classes: int,
+    size: Mapping[str, Any],
+    *,
+    drop_rate: float = 0.0,
+    drop_path_rate: float = 0.0,
+) -> nn.Module:
+    """Build a network from its description, [N, 3, R, R] to logits, with new weights.
+
+    Args:
+        architecture: the text of a :class:`CreamPath` or a :class:`Genotype`, or timm's name of a network.
+        num_classes: number of classes.
+        size: of a genotype, what it leaves open: ``{"kind": "search"}`` with the arguments of
+            :class:`search_spaces.darts.DartsSpace`, or ``{"kind": "trained"}`` with those of
+            :class:`nni_cream.models.darts.DartsNetwork`.
+        drop_rate: of the features before the classifier, in training; not in a search network.
+        drop_path_rate: of the paths, in training; not in a search network.
+
+    Raises:
+        UserError: if the description is not one.
+    """
+    if architecture.startswith("["):
         from nni_cream.models.cream import build_child
 
-        return build_child(self.path, num_classes=num_classes or self.num_classes, drop_rate=drop_rate)
+        return build_child(
+            CreamPath.parse(architecture), num_classes=num_classes, drop_rate=drop_rate, drop_path_rate=drop_path_rate
+        )
+    if not architecture.startswith("Genotype("):
+        network: nn.Module = create_timm_model(
+            architecture, num_classes=num_classes, drop_rate=drop_rate, drop_path_rate=drop_path_rate
+        )
+        return network
+    genotype = Genotype.parse(architecture)
+    arguments = {key: value for key, value in size.items() if key != "kind"}
+    try:
+        if size.get("kind") == "search":
+            from search_spaces.darts import DartsSpace
+
+            space = DartsSpace(num_classes, **arguments)
+            search_network: nn.Module = space.freeze(space.sample(genotype))
+            return search_network
+        from nni_cream.models.darts import build_darts
+
+        return build_darts(
+            genotype, num_classes=num_classes, drop_rate=drop_rate, drop_path_rate=drop_path_rate, **arguments
+        )
+    except TypeError as error:
+        raise UserError(f"The size of the network, {dict(size)}, is not one of a genotype: {error}.") from None
+
+
+def create_timm_model(name: str, **arguments: Any) -> Any:
+    """Build a network of timm's.
+
+    Raises:
+        UserError: if timm has none of that name.
+    """
+    import timm
+
+    try:
+        # Asked first, because timm would fetch what a name such as hf-hub:… stands for.
+        if timm.is_model(name):
+            return timm.create_model(name, **arguments)
+    except RuntimeError as error:
+        raise UserError(f"timm cannot build {name!r}: {error}") from None
+    near = difflib.get_close_matches(name, timm.list_models(), n=1, cutoff=0)[0]
+    raise UserError(f"timm has no network {name!r}; did you mean {near!r}?")
 
 
 def save_network(
-    file: Path, network: nn.Module, *, architecture: str, num_classes: int, data: Mapping[str, Any]
+    file: Path,
+    network: nn.Module,
+    *,
+    architecture: str,
+    num_classes: int,
+    data: Mapping[str, Any],
+    size: Mapping[str, Any],
 ) -> None:
     """Write the weights of ``network``, and what they are of, as a safetensors file, atomically.
 
     Args:
         file: the file.
         network: the network.
-        architecture: the text of its :class:`CreamPath`, or timm's name of it.
+        architecture: as of :func:`build_network`.
         num_classes: number of classes that it tells apart.
         data: settings of the data that they are classes of (``name``, ``folder``, ``resolution``, …).
+        size: as of :func:`build_network`.
     """
     from safetensors.torch import save_file
 
@@ -124,6 +230,8 @@ def save_network(
         "num_classes": str(num_classes),
         "data": json.dumps(data, ensure_ascii=False),
     }
+    if size:
+        notes["size"] = json.dumps(size)
     write_atomically(file, lambda temporary: save_file(weights, temporary, metadata=notes))
 
 

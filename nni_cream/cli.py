@@ -13,10 +13,12 @@ from nni_cream.errors import UserError
 from nni_cream.recipe import parse_override
 
 
-def make_settings_parser(description: str | None, recipe: Path) -> argparse.ArgumentParser:
-    """Return a parser with the options that every command has."""
+def make_settings_parser(description: str | None, recipe: Path | None) -> argparse.ArgumentParser:
+    """Return a parser with the options that every command has; without a ``recipe`` the command chooses one itself."""
     parser = argparse.ArgumentParser(description=(description or "").partition("\n")[0])
-    parser.add_argument("--recipe", type=Path, default=recipe, help="settings, a YAML file (default: %(default)s)")
+    parser.add_argument(
+        "--recipe", type=Path, default=recipe, help=f"settings, a YAML file (default: {recipe or 'by the child'})"
+    )
     parser.add_argument(
         "--set",
         dest="overrides",
@@ -28,7 +30,7 @@ def make_settings_parser(description: str | None, recipe: Path) -> argparse.Argu
     return parser
 
 
-def make_parser(description: str | None, recipe: Path) -> argparse.ArgumentParser:
+def make_parser(description: str | None, recipe: Path | None) -> argparse.ArgumentParser:
     """Return a parser with the options that every trial has: a command that makes a run directory."""
     parser = make_settings_parser(description, recipe)
     parser.add_argument("--name", help="name of the run, instead of the recipe's")

@@ -23,8 +23,10 @@ from PIL import Image
 from timm.data.transforms_factory import create_transform
 from torch import Tensor
 from torch.utils.data import Dataset
+from torchvision import transforms
 
 from nni_cream._data_sources import Images, Source, load_source
+from nni_cream.cutout import Cutout
 from nni_cream.data_names import DATA_SETS, Augmentation, Fractions
 from nni_cream.errors import UserError
 
@@ -53,6 +55,8 @@ _ALLOWED: Final[Mapping[str, tuple[Callable[[Any], bool], str]]] = {
     "interpolation": (lambda value: value in _INTERPOLATIONS, f"is one of {', '.join(_INTERPOLATIONS)}"),
     "re_prob": _PROBABILITY,
     "re_mode": (lambda value: value in _RE_MODES, f"is one of {', '.join(_RE_MODES)}"),
+    "crop_padding": (lambda value: value > 0, "is a number of pixels above 0"),
+    "cutout": (lambda value: value > 0, "is a number of pixels above 0"),
 }
 
 
@@ -259,12 +263,19 @@ def _check_fractions(fractions: Fractions) -> None:
 def _transforms(source: Source, augmentation: Augmentation, resolution: int) -> tuple[Transform, Transform]:
     """The training and the evaluation transform."""
     arguments = source.augmentation.given() | augmentation.given()
+    padding, cutout = arguments.pop("crop_padding", None), arguments.pop("cutout", None)
     common: dict[str, Any] = {"input_size": resolution, "mean": source.mean, "std": source.std}
     try:
         training = create_transform(**common, is_training=True, **arguments)
     except (AssertionError, KeyError, ValueError) as error:
         # All other arguments are checked by now.
         raise UserError(f"timm knows no policy augmentation.auto_augment={augmentation.auto_augment!r}.") from error
+    if padding is not None:
+        # In place of timm's first step, the random crop that changes the size of things.
+        crop = [transforms.Resize((resolution, resolution)), transforms.RandomCrop(resolution, padding)]
+        training = transforms.Compose([*crop, *training.transforms[1:]])
+    if cutout is not None:
+        training = transforms.Compose([*training.transforms, Cutout(cutout)])
     interpolation = arguments.get("interpolation", "bilinear")
     evaluation = create_transform(
         **common,
@@ -281,6 +292,11 @@ def _check_augmentation(augmentation: Augmentation) -> None:
             allowed, sentence = _ALLOWED[name]
             if not allowed(value):
                 raise UserError(f"augmentation.{name} {sentence}, got {value!r}.")
+    if augmentation.crop_padding is not None and (augmentation.scale or augmentation.ratio):
+        raise UserError(
+            f"augmentation.crop_padding={augmentation.crop_padding} takes the place of the crop by augmentation.scale "
+            "and augmentation.ratio; give one or the other."
+        )
     if augmentation.re_mode is not None and not augmentation.re_prob:
         raise UserError(f"augmentation.re_mode={augmentation.re_mode} has no effect while augmentation.re_prob is 0.")
     if augmentation.color_jitter and augmentation.auto_augment and "3a" not in augmentation.auto_augment:

@@ -31,6 +31,10 @@ class Augmentation:
             this is ``random``.
         re_prob: Probability of erasing a random rectangle.
         re_mode: What the rectangle is filled with: ``const`` (the mean), ``rand`` (one colour), ``pixel`` (noise).
+        crop_padding: Pixels that are added on every side before a square of the full resolution is cut out, as is
+            usual for CIFAR; in place of the crop by ``scale`` and ``ratio``.
+        cutout: Side, in pixels, of a square set to the mean around a random point, which may lie at the edge
+            (DeVries and Taylor, 2017).
     """
 
     scale: tuple[float, float] | None = None
@@ -42,6 +46,8 @@ class Augmentation:
     interpolation: str | None = None
     re_prob: float | None = None
     re_mode: str | None = None
+    crop_padding: int | None = None
+    cutout: int | None = None
 
     def given(self) -> dict[str, Any]:
         """The fields that are set, as keyword arguments."""

@@ -7,7 +7,6 @@ A foreign checkpoint says neither: the caller names the network, and images are 
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
 from collections.abc import Mapping
@@ -15,18 +14,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import timm
 from timm.data.config import resolve_data_config
 from timm.data.transforms_factory import create_transform
 from timm.models import load_state_dict
 from torch import nn
 
-from nni_cream.architecture import CreamPath
-from nni_cream.child import NETWORK_FORMAT, fit_weights, read_network, weights_beside
+from nni_cream.child import (
+    NETWORK_FORMAT,
+    build_network,
+    create_timm_model,
+    fit_weights,
+    read_network,
+    weights_beside,
+)
 from nni_cream.cost import measure_network
 from nni_cream.data import LabelledImages
 from nni_cream.errors import UserError
-from nni_cream.models.cream import build_child
+from nni_cream.models.darts import DartsNetwork, checkpoint_filter_fn
 from nni_cream.recipe import Data, EvaluationData, EvaluationRecipe, Optimizer, Schedule
 from nni_cream.search import arrange_in_memory, load_splits, make_loader, on_device
 from nni_cream.training import ImageClassifier
@@ -157,8 +161,7 @@ def load_checkpoint(file: Path, model: str | None = None, *, use_ema: bool = Tru
 def _ours(file: Path, weights: Mapping[str, Any], notes: Mapping[str, str], model: str | None) -> Checkpoint:
     try:
         name, num_classes, data = notes["architecture"], int(notes["num_classes"]), dict(json.loads(notes["data"]))
-        is_path = name.startswith("[")
-        network = build_child(CreamPath.parse(name), num_classes=num_classes) if is_path else _create(name, num_classes)
+        network = build_network(name, num_classes, dict(json.loads(notes.get("size", "{}"))))
     except UserError as error:
         raise UserError(f"The notes in {file} are damaged: {error}") from None
     except (KeyError, TypeError, ValueError) as error:
@@ -170,7 +173,7 @@ def _ours(file: Path, weights: Mapping[str, Any], notes: Mapping[str, str], mode
 
 
 def _foreign(file: Path, model: str, use_ema: bool) -> Checkpoint:
-    classifier = _create(model).default_cfg["classifier"]
+    classifier = create_timm_model(model).default_cfg["classifier"]
     # timm names two where a network has a second one for distillation.
     key = f"{classifier if isinstance(classifier, str) else classifier[0]}.weight"
     try:
@@ -185,7 +188,9 @@ def _foreign(file: Path, model: str, use_ema: bool) -> Checkpoint:
             f"{found}."
         )
     num_classes = len(weights[key])
-    network = _create(model, num_classes)
+    network = create_timm_model(model, num_classes=num_classes)
+    if isinstance(network, DartsNetwork):
+        weights = checkpoint_filter_fn(weights, network)
     fit_weights(network, weights, file, model)
     return Checkpoint(model, network, num_classes, None)
 
@@ -198,22 +203,6 @@ def _why_unreadable(error: Exception) -> str:
             "state_dict alone"
         )
     return "it is damaged, or holds something else than a state_dict"
-
-
-def _create(name: str, num_classes: int | None = None) -> Any:
-    """Build a network of timm's.
-
-    Raises:
-        UserError: if timm has none of that name.
-    """
-    try:
-        # Asked first, because timm would fetch what a name such as hf-hub:… stands for.
-        if timm.is_model(name):
-            return timm.create_model(name, num_classes=num_classes)
-    except RuntimeError as error:
-        raise UserError(f"timm cannot build {name!r}: {error}") from None
-    near = difflib.get_close_matches(name, timm.list_models(), n=1, cutoff=0)[0]
-    raise UserError(f"timm has no network {name!r}; did you mean {near!r}?")
 
 
 def _foreign_data(given: EvaluationData, checkpoint: Checkpoint, file: Path) -> Data:

@@ -118,7 +118,12 @@ def _conclude(trials: list[Any], metrics: dict[str, list[Any]]) -> bool:
     value = results[best]
     print(f"best of {len(results)} finished trials: {best}")
     if isinstance(value, dict):
-        for name, unit in (("path", ""), ("flops", " multiply-accumulates"), ("params", " parameters")):
+        for name, unit in (
+            ("path", ""),
+            ("genotype", ""),
+            ("flops", " multiply-accumulates"),
+            ("params", " parameters"),
+        ):
             if name in value:
                 number = value[name]
                 text = f"{number:,}" if isinstance(number, int) else number

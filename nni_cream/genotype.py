@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import Any, Final, Literal, get_args
 
 import numpy as np
-import torch
 from numpy.typing import ArrayLike, NDArray
 
 from nni_cream.errors import UserError
@@ -29,6 +28,8 @@ KEPT_EDGES: Final = 2
 NONE: Final = "none"
 SKIP: Final = "skip_connect"
 
+# Of a text that is no genotype, what an error repeats.
+_SHOWN_CHARACTERS: Final = 300
 _EXAMPLE: Final = (
     "Genotype(normal=[('sep_conv_3x3', 0), ('skip_connect', 1)], normal_concat=[2], "
     "reduce=[('max_pool_3x3', 0), ('max_pool_3x3', 1)], reduce_concat=[2])"
@@ -37,12 +38,12 @@ _EXAMPLE: Final = (
 
 def edge_label(kind: CellKind, node: int, state: int) -> str:
     """Return the NNI label of the choice on the edge from ``state`` to ``node``, a state number from 2 upwards."""
-    return f"{kind}/node{node}/edge{state}"
+    return f"{kind}_node{node}_edge{state}"
 
 
 def inputs_label(kind: CellKind, node: int) -> str:
     """Return the NNI label of the choice of two among the edges to ``node``."""
-    return f"{kind}/node{node}/inputs"
+    return f"{kind}_node{node}_inputs"
 
 
 def edges_of(nodes: int) -> list[tuple[int, int]]:
@@ -104,20 +105,23 @@ class Genotype:
             UserError: if it is none.
         """
         fields = [name for kind in CELL_KINDS for name in (kind, f"{kind}_concat")]
-        if not isinstance(value, Mapping) or sorted(value) != sorted(fields):
-            raise UserError(f"A genotype has the fields {', '.join(fields)} and no others.")
+        if not isinstance(value, Mapping):
+            raise UserError(f"A genotype has the fields {', '.join(fields)}, but this is a {type(value).__name__}.")
+        if odd := sorted({str(name) for name in value} ^ set(fields)):
+            raise UserError(
+                f"A genotype has the fields {', '.join(fields)} and no others; missing or too many: {', '.join(odd)}."
+            )
         for kind in CELL_KINDS:
             edges = value[kind]
             if not _is_list(edges) or not all(
-                _is_list(edge) and len(edge) == 2 and isinstance(edge[0], str) and type(edge[1]) is int
-                for edge in edges
+                _is_list(edge) and len(edge) == 2 and isinstance(edge[0], str) and _is_number(edge[1]) for edge in edges
             ):
                 raise UserError(
                     f"The field {kind!r} of a genotype is a list of pairs such as ('sep_conv_3x3', 0): an operation "
                     "and the number of a state."
                 )
             concat = value[f"{kind}_concat"]
-            if not _is_list(concat) or not all(type(state) is int for state in concat):
+            if not _is_list(concat) or not all(_is_number(state) for state in concat):
                 raise UserError(f"The field '{kind}_concat' of a genotype is a list of numbers such as [2, 3, 4, 5].")
         return cls(
             normal=tuple((operation, state) for operation, state in value["normal"]),
@@ -133,14 +137,17 @@ class Genotype:
         Raises:
             UserError: if the text is not a genotype.
         """
-        hint = f"{text!r} is not a genotype; write it as in {_EXAMPLE}."
+        shown = text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]}…"
+        hint = f"{shown!r} is not a genotype; write it as in {_EXAMPLE}."
         try:
             call = ast.parse(text.strip(), mode="eval").body
             if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name) or call.func.id != "Genotype":
                 raise UserError(hint)
-            if call.args:
+            names = [keyword.arg for keyword in call.keywords]
+            # Python itself looks for repeated names only later, when it compiles; None stands for `**`.
+            if call.args or None in names or len(set(names)) != len(names):
                 raise UserError(hint)
-            fields = {str(keyword.arg): _literal(keyword.value) for keyword in call.keywords}
+            fields = {keyword.arg: _literal(keyword.value) for keyword in call.keywords}
         except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
             raise UserError(hint) from None
         return cls.of(fields)
@@ -157,16 +164,7 @@ class Genotype:
         Raises:
             UserError: if it is no such sample.
         """
-        cells: dict[str, list[Edge]] = {}
-        for kind in CELL_KINDS:
-            cells[kind] = []
-            for node in itertools.count(CELL_INPUTS):
-                if (inputs := inputs_label(kind, node)) not in sample:
-                    break
-                for state in sample[inputs]:
-                    if (label := edge_label(kind, node, state)) not in sample:
-                        raise UserError(f"The sample chooses {inputs!r} = {sample[inputs]}, but {label!r} is missing.")
-                    cells[kind].append((sample[label], state))
+        cells = {kind: _edges_in(sample, kind) for kind in CELL_KINDS}
         nodes = {kind: len(edges) // KEPT_EDGES for kind, edges in cells.items()}
         return cls(
             normal=tuple(cells["normal"]),
@@ -188,26 +186,9 @@ class Genotype:
             UserError: if the space does not offer an operation, or a node takes both its edges from the same state,
                 which a choice of two different inputs cannot say.
         """
-        filler = NONE if NONE in operations else operations[0]
         sample: dict[str, Any] = {}
         for kind in CELL_KINDS:
-            edges = self.edges(kind)
-            for node in range(CELL_INPUTS, CELL_INPUTS + len(edges) // KEPT_EDGES):
-                kept = self.edges_to(kind, node)
-                states = [state for _, state in kept]
-                if len(set(states)) != len(states):
-                    raise UserError(
-                        f"Node {node} of the {kind} cell takes both its edges from state {states[0]}; a DARTS space "
-                        "chooses two different inputs for every node."
-                    )
-                for operation, _ in kept:
-                    if operation not in operations:
-                        raise UserError(
-                            f"The genotype names {operation!r}, but the space offers {', '.join(operations)}."
-                        )
-                chosen = {state: operation for operation, state in kept}
-                sample |= {edge_label(kind, node, state): chosen.get(state, filler) for state in range(node)}
-                sample[inputs_label(kind, node)] = states
+            sample |= cell_sample(kind, self.edges(kind), operations)
         return sample
 
     def edges(self, kind: CellKind) -> tuple[Edge, ...]:
@@ -247,11 +228,66 @@ class Genotype:
         return f"Genotype({', '.join(fields)})"
 
 
+def cell_sample(kind: CellKind, edges: Sequence[Edge], operations: Sequence[str]) -> dict[str, Any]:
+    """Return what an NNI sample says of one kind of cell; see :meth:`Genotype.to_sample`."""
+    filler = NONE if NONE in operations else operations[0]
+    sample: dict[str, Any] = {}
+    pairs = zip(edges[::KEPT_EDGES], edges[1::KEPT_EDGES], strict=True)
+    for node, kept in enumerate(pairs, start=CELL_INPUTS):
+        states = [state for _, state in kept]
+        if len(set(states)) != len(states):
+            raise UserError(
+                f"Node {node} of the {kind} cell takes both its edges from state {states[0]}; a DARTS space chooses "
+                "two different inputs for every node."
+            )
+        for operation, _ in kept:
+            if operation not in operations:
+                raise UserError(f"The genotype names {operation!r}, but the space offers {', '.join(operations)}.")
+        chosen = {state: operation for operation, state in kept}
+        sample |= {edge_label(kind, node, state): chosen.get(state, filler) for state in range(node)}
+        sample[inputs_label(kind, node)] = states
+    return sample
+
+
+def _edges_in(sample: Mapping[str, Any], kind: CellKind) -> list[Edge]:
+    edges: list[Edge] = []
+    known: set[str] = set()
+    for node in itertools.count(CELL_INPUTS):
+        inputs = inputs_label(kind, node)
+        if inputs not in sample:
+            break
+        states = sample[inputs]
+        if (
+            not _is_list(states)
+            or not all(_is_number(state) and 0 <= state < node for state in states)
+            or len(states) != len(set(states))
+            or len(states) != KEPT_EDGES
+        ):
+            raise UserError(
+                f"The sample chooses {inputs!r} = {states!r}, but two different states from 0 to {node - 1} are "
+                "expected."
+            )
+        for state in states:
+            label = edge_label(kind, node, state)
+            if label not in sample:
+                raise UserError(f"The sample chooses {inputs!r} = {states}, but {label!r} is missing.")
+            if not isinstance(sample[label], str):
+                raise UserError(f"The sample chooses {label!r} = {sample[label]!r}, which is no name of an operation.")
+            edges.append((sample[label], state))
+        known |= {inputs, *(edge_label(kind, node, state) for state in range(node))}
+    if stray := [label for label in sample if label.startswith(f"{kind}_node") and label not in known]:
+        raise UserError(f"The sample holds {stray[0]!r}, but its {kind} cell ends before {inputs!r}, which is missing.")
+    return edges
+
+
 def mixing_weights(alphas: ArrayLike) -> NDArray[np.float32]:
     """Return softmax(α) over operations, in single precision, as the published code ranks by it.
 
     It is torch's softmax on the CPU, because where α are nearly equal the rounding decides.
     """
+    # Here, so that a child file can be read and refused without torch.
+    import torch
+
     raw = torch.from_numpy(np.array(alphas, dtype=np.float32))
     weights: NDArray[np.float32] = raw.softmax(-1).numpy()
     return weights
@@ -267,8 +303,22 @@ def derive_edges(weights: NDArray[np.float32], operations: Sequence[str], skip_l
         weights: [edges, operations], the rows in the order of :func:`edges_of`.
         operations: their names.
         skip_limit: keep at most so many skip connections: while there are more, the one that weighs least is ruled
-            out, and the rule applied again (Chen et al., "Progressive DARTS", ICCV 2019). None for no limit.
+            out (of equals, that of the lower-numbered edge to the earlier node), and the rule applied again (Chen et
+            al., "Progressive DARTS", ICCV 2019). None for no limit.
+
+    Raises:
+        UserError: if a weight is not a number, because α is not; if there is nothing but ``none`` to choose; or if
+            there are more skip connections than the limit and nothing to replace them.
     """
+    if not np.isfinite(weights).all():
+        row = int(np.argmin(np.isfinite(weights).all(axis=1)))
+        node, state = edges_of(len(weights))[row]
+        raise UserError(
+            f"α is not finite on the edge from state {state} to node {node}, so no genotype can be read off it; a "
+            "search that diverges needs a smaller learning rate."
+        )
+    if not set(operations) - {NONE}:
+        raise UserError("A genotype needs an operation other than none, but the space offers no other.")
     allowed = np.array(weights, dtype=np.float64)
     allowed[:, [operation == NONE for operation in operations]] = -np.inf
     while True:
@@ -276,6 +326,10 @@ def derive_edges(weights: NDArray[np.float32], operations: Sequence[str], skip_l
         skips = [row for (operation, _), row in zip(edges, rows, strict=True) if operation == SKIP]
         if skip_limit is None or len(skips) <= skip_limit:
             return edges
+        if set(operations) <= {NONE, SKIP}:
+            raise UserError(
+                f"A cell with no other operation than {SKIP} has {len(skips)} of them; at most {skip_limit} cannot be."
+            )
         column = list(operations).index(SKIP)
         allowed[min(skips, key=lambda row: allowed[row, column]), column] = -np.inf
 
@@ -306,6 +360,9 @@ def derive_genotype(
         operations: names of the operations.
         concat: number of nodes, the last ones, that make the output of a cell; None for all.
         normal_skip_limit: as ``skip_limit`` of :func:`derive_edges`, for the normal cell.
+
+    Raises:
+        UserError: as :func:`derive_edges`, and if the cells have fewer nodes than ``concat``, or it is 0.
     """
     normal = derive_edges(mixing_weights(alphas["normal"]), operations, normal_skip_limit)
     reduce = derive_edges(mixing_weights(alphas["reduce"]), operations)
@@ -329,7 +386,12 @@ def _last_states(nodes: int, concat: int | None) -> tuple[int, ...]:
 
 
 def _is_list(value: Any) -> bool:
-    return isinstance(value, Sequence) and not isinstance(value, str)
+    return isinstance(value, (list, tuple))
+
+
+def _is_number(value: Any) -> bool:
+    # Larger ones are no state, and Python refuses to write the largest into a message.
+    return type(value) is int and abs(value) < 1_000_000
 
 
 def _literal(node: ast.expr) -> Any:

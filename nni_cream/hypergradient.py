@@ -22,7 +22,6 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from nni_cream.errors import UserError
 
@@ -129,7 +128,10 @@ def finite_difference(
         step: the step of the weights, from :func:`sgd_step`.
         radius: how far the weights move, in the Euclidean norm.
     """
-    unrolled = _unroll(train_loss, valid_loss, weights, alphas, step)
+    with _leaves(weights) as variables:
+        loss = train_loss(variables, [alpha.detach() for alpha in alphas])
+        slopes = torch.autograd.grad(loss, variables, allow_unused=True)
+    unrolled = _unroll(slopes, valid_loss, weights, alphas, step)
     norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(v) for v in unrolled.direction]))
     # Where the validation loss does not depend on the weights there is nothing to differentiate through.
     epsilon = radius / norm if norm > 0 else torch.zeros_like(norm)
@@ -151,8 +153,8 @@ def exact(
 ) -> Hypergradient:
     """Return the hypergradient by automatic differentiation.
 
-    The implicit term is a derivative of ∇α L_train along a direction in w, so forward mode over reverse mode gives it
-    in one pass: no gradient in the weights is needed and no graph of a gradient is kept.
+    The gradient of the unrolled step is differentiated once more, which saves computing it a second time. Forward over
+    reverse mode needs less memory and was slower (``docs/darts.md``).
 
     Args:
         train_loss: L_train, a scalar function of (weights, alphas).
@@ -161,19 +163,21 @@ def exact(
         alphas: α.
         step: the step of the weights, from :func:`sgd_step`.
     """
-    unrolled = _unroll(train_loss, valid_loss, weights, alphas, step)
-    with forward_ad.dual_level(), _leaves(alphas) as variables:
-        moving = [
-            forward_ad.make_dual(weight.detach(), direction)
-            for weight, direction in zip(weights, unrolled.direction, strict=True)
-        ]
-        gradients = _gradients(train_loss(moving, variables), variables)
-        tangents = [forward_ad.unpack_dual(gradient).tangent for gradient in gradients]
-        implicit = tuple(
-            torch.zeros_like(alpha) if tangent is None else -tangent.detach()
-            for alpha, tangent in zip(alphas, tangents, strict=True)
-        )
-    return unrolled.hypergradient(implicit)
+    with _leaves(weights) as variables, _leaves(alphas) as architecture:
+        loss = train_loss(variables, architecture)
+        slopes = torch.autograd.grad(loss, variables, create_graph=True, allow_unused=True)
+    unrolled = _unroll(slopes, valid_loss, weights, alphas, step)
+    moving = [(s, v) for s, v in zip(slopes, unrolled.direction, strict=True) if s is not None and s.requires_grad]
+    if not moving:
+        return unrolled.hypergradient(tuple(torch.zeros_like(alpha) for alpha in alphas))
+    implicit: Any = torch.autograd.grad(
+        [slope for slope, _ in moving],
+        architecture,
+        [-direction for _, direction in moving],
+        allow_unused=True,
+        materialize_grads=True,
+    )
+    return unrolled.hypergradient(tuple(implicit))
 
 
 @dataclass(frozen=True)
@@ -190,17 +194,14 @@ class _Unrolled:
 
 
 def _unroll(
-    train_loss: Loss, valid_loss: Loss, weights: Sequence[Tensor], alphas: Sequence[Tensor], step: Step
+    slopes: Sequence[Tensor | None], valid_loss: Loss, weights: Sequence[Tensor], alphas: Sequence[Tensor], step: Step
 ) -> _Unrolled:
-    with _leaves(weights) as variables:
-        loss = train_loss(variables, [alpha.detach() for alpha in alphas])
-        slopes = torch.autograd.grad(loss, variables, allow_unused=True)
     moved = []
     for weight, slope, how in zip(weights, slopes, step, strict=True):
         after = weight.detach()
         # The optimizer leaves alone what has no gradient.
         if slope is not None:
-            after = after - how.scale * slope - how.decay * after
+            after = after - how.scale * slope.detach() - how.decay * after
             if how.buffer is not None:
                 after = after - how.drift * how.buffer
         moved.append(after)

@@ -45,6 +45,8 @@ def _known_data_set(name: str) -> str:
 DataSetName = Annotated[str, AfterValidator(_known_data_set)]
 
 # What timm builds with Nesterov's momentum, which torch refuses to do with a momentum of 0.
+# What timm builds as torch.optim.SGD, whose step DARTS can unroll.
+_UNROLLED = ("sgd", "momentum", "nesterov")
 _NESTEROV = frozenset({"sgd", "sgdw", "sgdc", "nesterov", "nesterovw", "csgdw", "csgdc", "nlars", "nlarc"})
 
 
@@ -74,6 +76,8 @@ class Augmentation(Settings):
     interpolation: Literal["bilinear", "bicubic", "random"] | None = None
     re_prob: Share | None = None
     re_mode: Literal["const", "rand", "pixel"] | None = None
+    crop_padding: PositiveInt | None = None
+    cutout: PositiveInt | None = None
 
 
 class Data(Settings):
@@ -171,6 +175,7 @@ class Optimizer(Settings):
     lr: PositiveFloat = 0.1
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     weight_decay: NotNegative = 1e-4
+    filter_bias_and_bn: bool = True
 
     @model_validator(mode="after")
     def _nesterov_has_momentum(self) -> Optimizer:
@@ -184,22 +189,37 @@ class Optimizer(Settings):
 
     def timm_arguments(self) -> dict[str, Any]:
         """Return the settings under timm's names."""
-        return {"opt": self.name, "lr": self.lr, "momentum": self.momentum, "weight_decay": self.weight_decay}
+        return {
+            "opt": self.name,
+            "lr": self.lr,
+            "momentum": self.momentum,
+            "weight_decay": self.weight_decay,
+            "filter_bias_and_bn": self.filter_bias_and_bn,
+        }
 
 
 class Schedule(Settings):
-    """How the learning rate falls: ``linear`` and ``cosine`` reach ``min_lr`` with the last step."""
+    """How the learning rate falls: ``linear`` and ``cosine`` to ``min_lr``, ``exponential`` by a factor every epoch.
 
-    name: Literal["linear", "cosine", "constant"] = "linear"
+    It changes after every step, so that the last one has ``min_lr``, or after every epoch.
+    """
+
+    name: Literal["linear", "cosine", "exponential", "constant"] = "linear"
+    interval: Literal["step", "epoch"] = "step"
+    decay_rate: Annotated[float, Field(gt=0, le=1)] = 0.97
     warmup_epochs: Annotated[int, Field(ge=0)] = 0
     warmup_lr: NotNegative = 1e-6
     min_lr: NotNegative = 0.0
 
     def timm_arguments(self) -> dict[str, Any]:
         """Return the settings under timm's names; a straight line is a polynomial of power 1 there."""
-        shape = {"sched": "poly", "decay_rate": 1.0} if self.name == "linear" else {"sched": self.name}
+        shapes: dict[str, dict[str, Any]] = {
+            "linear": {"sched": "poly", "decay_rate": 1.0},
+            "exponential": {"sched": "step", "decay_rate": self.decay_rate, "decay_epochs": 1},
+        }
         return {
-            **shape,
+            **shapes.get(self.name, {"sched": self.name}),
+            "step_on_epochs": self.interval == "epoch",
             "warmup_epochs": self.warmup_epochs,
             "warmup_lr": self.warmup_lr,
             "min_lr": self.min_lr,
@@ -258,6 +278,53 @@ class Cream(Settings):
         return self
 
 
+class DartsSpaceSettings(Settings):
+    """Arguments of :class:`search_spaces.darts.DartsSpace`."""
+
+    channels: Annotated[int, Field(ge=2, multiple_of=2)] = 16
+    cells: Annotated[int, Field(ge=3)] = 8
+    nodes: PositiveInt = 4
+    concat: PositiveInt | None = None
+    operations: tuple[str, ...] = (
+        "none",
+        "max_pool_3x3",
+        "avg_pool_3x3",
+        "skip_connect",
+        "sep_conv_3x3",
+        "sep_conv_5x5",
+        "dil_conv_3x3",
+        "dil_conv_5x5",
+    )
+
+
+class Darts(Settings):
+    """Arguments of :class:`nni_cream.strategies.darts.DartsStrategy`; ``flops_target`` is in millions here."""
+
+    order: Literal["first", "second"] = "second"
+    hypergradient: Literal["exact", "finite_difference"] = "exact"
+    radius: PositiveFloat = 0.01
+    warmup_epochs: Annotated[int, Field(ge=0)] = 0
+    alpha_lr: PositiveFloat = 3e-4
+    alpha_betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.5, 0.999)
+    alpha_weight_decay: NotNegative = 1e-3
+    gradient_clip: PositiveFloat | None = 5.0
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    stop_above_skips: Annotated[int, Field(ge=0)] | None = None
+    skip_limit: Annotated[int, Field(ge=0)] | None = None
+    eigenvalue: Literal["off", "track", "stop", "rollback"] = "off"
+    flops_target: PositiveFloat | None = None
+    flops_weight: PositiveFloat = 1.0
+
+
+class DartsNetworkSettings(Settings):
+    """Arguments of :class:`nni_cream.models.darts.DartsNetwork`: how large the network of a genotype becomes."""
+
+    channels: Annotated[int, Field(ge=2, multiple_of=2)] = 36
+    cells: Annotated[int, Field(ge=3)] = 20
+    stem: Literal["cifar", "imagenet"] = "cifar"
+    auxiliary: bool = False
+
+
 class Recipe(Settings):
     """What a search and a training have in common."""
 
@@ -314,13 +381,44 @@ class CreamRecipe(Recipe):
         return self
 
 
+class DartsRecipe(Recipe):
+    """A DARTS search."""
+
+    space: DartsSpaceSettings = DartsSpaceSettings()
+    darts: Darts = Darts()
+
+    @model_validator(mode="after")
+    def _fits(self) -> DartsRecipe:
+        if self.darts.warmup_epochs >= self.epochs:
+            raise ValueError(
+                f"darts.warmup_epochs is {self.darts.warmup_epochs}, but α learns after it and epochs is "
+                f"{self.epochs}: make it smaller"
+            )
+        if self.device.devices != 1:
+            raise ValueError(f"device.devices is {self.device.devices}, but a DARTS search runs on one device")
+        if self.device.precision == "16-mixed":
+            raise ValueError("device.precision is 16-mixed, but a DARTS search runs in 32-true or bf16-mixed")
+        if self.darts.order == "second" and self.optimizer.name.lower() not in _UNROLLED:
+            raise ValueError(
+                f"optimizer.name is {self.optimizer.name!r}, but darts.order: second unrolls a step of "
+                f"{' or '.join(_UNROLLED)}"
+            )
+        if self.space.concat is not None and self.space.concat > self.space.nodes:
+            raise ValueError(f"space.concat is {self.space.concat}, but a cell has space.nodes = {self.space.nodes}")
+        return self
+
+
 class RetrainRecipe(Recipe):
-    """The training of one network."""
+    """The training of one network; ``darts`` is for genotypes, whose drop path rises from 0 to its rate."""
 
     data: ChildData = ChildData()
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.1
     drop_rate: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    drop_path_rate: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    gradient_clip: PositiveFloat | None = None
+    auxiliary_weight: NotNegative = 0.4
     inherit_weights: bool = False
+    darts: DartsNetworkSettings = DartsNetworkSettings()
 
 
 class EvaluationRecipe(Settings):

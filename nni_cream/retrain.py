@@ -2,39 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytorch_lightning as pl
-import timm
 from torch import nn
 
-from nni_cream.child import Child, load_weights, save_network
+from nni_cream.child import Candidate, Child, build_network, load_weights, save_network
 from nni_cream.cost import measure_network
 from nni_cream.errors import UserError
+from nni_cream.genotype import Genotype
 from nni_cream.recipe import RetrainRecipe, to_yaml
 from nni_cream.reporting import Reporter, on_terminal
 from nni_cream.runs import RunDirectory, read_json, write_json
 from nni_cream.search import arrange_in_memory, load_splits, make_loader, make_trainer
 from nni_cream.training import ImageClassifier
-
-PUBLISHED_FALLBACK = "cream_14"
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """What is trained: a child file, or where there is none the published network of that name."""
-
-    file: Path | None
-    name: str = PUBLISHED_FALLBACK
-
-    def load(self) -> Child | None:
-        """Read the child file.
-
-        Raises:
-            UserError: if it is not one.
-        """
-        return None if self.file is None else Child.load(self.file)
 
 
 def retrain(recipe: RetrainRecipe, candidate: Candidate, directory: RunDirectory) -> float:
@@ -55,10 +37,13 @@ def retrain(recipe: RetrainRecipe, candidate: Candidate, directory: RunDirectory
     data = recipe.data.completed(child.data if child else {})
     pl.seed_everything(recipe.seed, verbose=False)
     splits = load_splits(data, recipe.seed)
-    if child is None:
-        network = timm.create_model(candidate.name, num_classes=splits.num_classes, drop_rate=recipe.drop_rate)
-    else:
-        network = child.build(num_classes=splits.num_classes, drop_rate=recipe.drop_rate)
+    name = str(child.architecture) if child else candidate.name
+    size: dict[str, Any] = {}
+    if child is not None and isinstance(child.architecture, Genotype):
+        size = {"kind": "trained", **recipe.darts.model_dump()}
+    network = build_network(
+        name, splits.num_classes, size, drop_rate=recipe.drop_rate, drop_path_rate=recipe.drop_path_rate
+    )
     if recipe.inherit_weights:
         _inherit(network, candidate.file, child, splits.num_classes)
     cost = measure_network(network, data.resolution)
@@ -69,9 +54,11 @@ def retrain(recipe: RetrainRecipe, candidate: Candidate, directory: RunDirectory
         recipe.optimizer.timm_arguments(),
         recipe.schedule.timm_arguments(),
         recipe.label_smoothing,
+        recipe.auxiliary_weight,
+        recipe.drop_path_rate,
     )
     module.set_model(network)
-    trainer = make_trainer(recipe.epochs, recipe.device, directory)
+    trainer = make_trainer(recipe.epochs, recipe.device, directory, gradient_clip_val=recipe.gradient_clip)
     training, validation = splits.retraining_parts()
     training_loader = make_loader(training, data, training=True)
 
@@ -90,7 +77,6 @@ def retrain(recipe: RetrainRecipe, candidate: Candidate, directory: RunDirectory
     val_accuracy = validated["val_accuracy"]
     (tested,) = trainer.test(module, make_loader(splits.test, data), verbose=False)
 
-    name = str(child.path) if child else candidate.name
     settings = data.model_dump(mode="json")
     result = {
         "network": name,
@@ -108,6 +94,7 @@ def retrain(recipe: RetrainRecipe, candidate: Candidate, directory: RunDirectory
         architecture=name,
         num_classes=splits.num_classes,
         data=settings,
+        size=size,
     )
     write_json(result_file, result)
     # A tuner may steer by the validation part; the test part is for people.
@@ -128,6 +115,11 @@ def print_result(result: dict[str, object]) -> float:
 def _inherit(network: nn.Module, file: Path | None, child: Child | None, num_classes: int) -> None:
     if file is None or child is None:
         raise UserError("inherit_weights is on, but a published network has no weights to inherit; give a --child.")
+    if isinstance(child.architecture, Genotype):
+        raise UserError(
+            "inherit_weights is on, but the network that DARTS searches with is another than the one that is trained "
+            "afterwards; leave it off for a genotype."
+        )
     if child.num_classes != num_classes:
         raise UserError(
             f"inherit_weights is on, but {file} was searched with {child.num_classes} classes and the data has "

@@ -88,6 +88,11 @@ class RunDirectory:
         """The newest checkpoint, whether or not it exists yet."""
         return self.path / "checkpoints" / "last.ckpt"
 
+    @property
+    def child(self) -> Path:
+        """The result of a search, whether or not it exists yet."""
+        return self.path / "child.json"
+
     def refuse_another(self, recipe: str) -> None:
         """Make sure that the folder is new or holds a run of this very recipe; write nothing.
 

@@ -39,12 +39,8 @@ def search_cream(recipe: CreamRecipe, directory: RunDirectory) -> Child:
     """Search, write the child into ``directory``, and report it."""
     from search_spaces.cream import CreamSpace, plan_space
 
-    result = directory.path / "child.json"
-    if result.exists():
-        child = Child.load(result)
-        print(f"{directory.path} holds a search that has ended; choose another folder with --name for a new one.")
-        print_child(child, directory)
-        return child
+    if (ended := ended_search(directory)) is not None:
+        return ended
 
     pl.seed_everything(recipe.seed, verbose=False)
     plan = plan_space(recipe.flops.min, recipe.flops.max, recipe.data.resolution)
@@ -90,7 +86,7 @@ def search_cream(recipe: CreamRecipe, directory: RunDirectory) -> Child:
         found.setdefault(space.architecture(ranked.sample), ranked)
     (path, best), *others = found.items()
     child = Child(
-        path=path,
+        architecture=path,
         num_classes=splits.num_classes,
         accuracy=best.accuracy,
         flops=best.cost.macs,
@@ -99,7 +95,7 @@ def search_cream(recipe: CreamRecipe, directory: RunDirectory) -> Child:
         search={"name": recipe.name, "seed": recipe.seed, "epochs": recipe.epochs},
         runners_up=[
             {
-                "path": path.to_lists(),
+                "path": path.to_json(),
                 "accuracy": other.accuracy,
                 "flops": other.cost.macs,
                 "params": other.cost.params,
@@ -107,8 +103,18 @@ def search_cream(recipe: CreamRecipe, directory: RunDirectory) -> Child:
             for path, other in others
         ],
     )
-    child.save(result, module.calibrated_network(best.sample))
-    reporter.final({"default": child.accuracy, "flops": child.flops, "params": child.params, "path": str(child.path)})
+    child.save(directory.child, module.calibrated_network(best.sample))
+    reporter.final({"default": child.accuracy, "flops": child.flops, "params": child.params, "path": str(path)})
+    print_child(child, directory)
+    return child
+
+
+def ended_search(directory: RunDirectory) -> Child | None:
+    """Return, and print, what the search in ``directory`` has found; None if none has ended there."""
+    if not directory.child.exists():
+        return None
+    child = Child.load(directory.child)
+    print(f"{directory.path} holds a search that has ended; choose another folder with --name for a new one.")
     print_child(child, directory)
     return child
 
@@ -138,7 +144,8 @@ def refuse_unreachable(flops: Flops, plan: SpacePlan, options: Mapping[str, Any]
 
 def print_child(child: Child, directory: RunDirectory) -> None:
     """Tell a person what was found."""
-    print(f"path:      {child.path}")
+    name = "path:" if isinstance(child.architecture, CreamPath) else "genotype:"
+    print(f"{name:<10} {child.architecture}")
     print(f"FLOPs:     {child.flops / 1e6:.2f} M multiply-accumulates")
     print(f"params:    {child.params / 1e6:.3f} M")
     print(f"accuracy:  {child.accuracy:.4f} with shared weights, on held-out images")

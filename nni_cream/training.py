@@ -26,9 +26,11 @@ class ImageClassifier(LightningModule):
     Args:
         num_classes: number of classes.
         optimizer: arguments of ``timm.optim.create_optimizer_v2``. Weight decay spares biases and batch norms.
-        schedule: arguments of ``timm.scheduler.create_scheduler_v2``; the learning rate changes after every step, and
-            the number of steps is the true one.
+        schedule: arguments of ``timm.scheduler.create_scheduler_v2``. Unless ``step_on_epochs`` is true, the learning
+            rate changes after every step, and the number of steps is the true one.
         label_smoothing: of the training loss.
+        auxiliary_weight: of the loss of an auxiliary head, in a network that has one.
+        drop_path_rate: what the drop path of a network with ``set_drop_path_rate`` rises to, from 0, epoch by epoch.
 
     Raises:
         UserError: if timm has no optimizer of that name.
@@ -40,32 +42,42 @@ class ImageClassifier(LightningModule):
         optimizer: Mapping[str, Any],
         schedule: Mapping[str, Any],
         label_smoothing: float = 0.0,
+        auxiliary_weight: float = 0.0,
+        drop_path_rate: float = 0.0,
     ) -> None:
         super().__init__()
         _check_optimizer(optimizer["opt"])
         self.optimizer_arguments = dict(optimizer)
         self.schedule_arguments = dict(schedule)
         self.label_smoothing = label_smoothing
+        self.auxiliary_weight = auxiliary_weight
+        self.drop_path_rate = drop_path_rate
         self.train_loss = MeanMetric()
         self.top1 = MulticlassAccuracy(num_classes, average="micro")
         self.top5 = MulticlassAccuracy(num_classes, average="micro", top_k=min(5, num_classes))
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return logits."""
+        """Return logits; of a network with an auxiliary head, in training, its as well."""
         logits: Tensor = self.model(images)
         return logits
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """Return the loss of one batch."""
         images, targets = batch
-        loss = F.cross_entropy(self(images), targets, label_smoothing=self.label_smoothing)
+        output = self(images)
+        logits, *auxiliary = output if isinstance(output, tuple) else (output,)
+        loss = F.cross_entropy(logits, targets, label_smoothing=self.label_smoothing)
+        for others in auxiliary:
+            loss = loss + self.auxiliary_weight * F.cross_entropy(others, targets, label_smoothing=self.label_smoothing)
         self.train_loss.update(loss.detach())
         self.log("train_loss", loss.detach(), prog_bar=True)
         return loss
 
     def on_train_epoch_start(self) -> None:
-        """Begin a new average."""
+        """Begin a new average, and drop more paths than before."""
         self.train_loss.reset()
+        if hasattr(self.model, "set_drop_path_rate"):
+            self.model.set_drop_path_rate(self.drop_path_rate * self.trainer.current_epoch / self.trainer.max_epochs)
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         """Measure one batch."""
@@ -108,15 +120,18 @@ class ImageClassifier(LightningModule):
         scheduler, _ = create_scheduler_v2(
             optimizer,
             num_epochs=epochs,
-            step_on_epochs=False,
             updates_per_epoch=math.ceil(self.trainer.estimated_stepping_batches / epochs),
-            **self.schedule_arguments,
+            **{"step_on_epochs": False, **self.schedule_arguments},
         )
-        return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
+        interval = "epoch" if scheduler.t_in_epochs else "step"
+        return [optimizer], [{"scheduler": scheduler, "interval": interval}]
 
     def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
-        """Advance a timm schedule, which wants to be told how many batches there have been."""
-        scheduler.step_update(num_updates=self.trainer.fit_loop.total_batch_idx + 1)
+        """Advance a timm schedule, which wants to be told how many epochs or batches there have been."""
+        if scheduler.t_in_epochs:
+            scheduler.step(self.trainer.current_epoch + 1)
+        else:
+            scheduler.step_update(num_updates=self.trainer.fit_loop.total_batch_idx + 1)
 
 
 def _check_optimizer(name: str) -> None:

@@ -20,9 +20,12 @@ def golden(name: str) -> Any:
     return json.loads((GOLDEN / name).read_text())
 
 
-def rule(name: str, shape: tuple[int, ...]) -> Tensor:
-    """The value of the state-dict entry ``name`` in every network of the reference ("rule" in ``c_forward.json``)."""
-    z = np.random.RandomState(zlib.crc32(name.encode()) & 0x7FFFFFFF).standard_normal(shape)
+def rule(name: str, shape: tuple[int, ...], seed: str = "") -> Tensor:
+    """The value of the state-dict entry ``name`` in every network of the reference ("rule" in ``c_forward.json``).
+
+    The networks of DARTS have a ``seed`` besides, which stands before the name ("rule" in ``darts/evaluation.json``).
+    """
+    z = np.random.RandomState(zlib.crc32((seed + name).encode()) & 0x7FFFFFFF).standard_normal(shape)
     if len(shape) == 4:
         z = z * np.sqrt(2 / (shape[1] * shape[2] * shape[3]))
     elif len(shape) == 2:
@@ -38,7 +41,7 @@ def rule(name: str, shape: tuple[int, ...]) -> Tensor:
     return torch.from_numpy(np.asarray(z))
 
 
-def apply_rule(network: nn.Module, sample: Mapping[str, Any] | None = None) -> None:
+def apply_rule(network: nn.Module, sample: Mapping[str, Any] | None = None, seed: str = "") -> None:
     """Give ``network`` the reference's weights; of a Cream space, if ``sample`` is given, only what it chooses."""
     state = {}
     for name, tensor in network.state_dict().items():
@@ -48,7 +51,7 @@ def apply_rule(network: nn.Module, sample: Mapping[str, Any] | None = None) -> N
         elif name.endswith("num_batches_tracked"):
             state[name] = torch.zeros_like(tensor)
         else:
-            state[name] = rule(name, tuple(tensor.shape))
+            state[name] = rule(name, tuple(tensor.shape), seed)
     network.load_state_dict(state)
 
 

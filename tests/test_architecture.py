@@ -32,7 +32,7 @@ def test_text_is_the_published_form_and_reads_back() -> None:
 
 def test_lists_are_those_of_json() -> None:
     lists = [[0], [3], [3, 1]]
-    assert CreamPath.of(lists).to_lists() == lists
+    assert CreamPath.of(lists).to_json() == lists
     assert CreamPath.of(lists) == CreamPath(((0,), (3,), (3, 1)))
 
 

@@ -83,7 +83,7 @@ def test_nnictl_create_runs_a_search_that_reports_to_nni(experiment: str) -> Non
     assert all(0 <= point["default"] <= 1 for point in curve)
     (final,) = values("FINAL")
     child = json.loads((folder / "child.json").read_text())
-    assert CreamPath.parse(final["path"]).to_lists() == child["path"]
+    assert CreamPath.parse(final["path"]).to_json() == child["path"]
     assert (final["default"], final["flops"], final["params"]) == (child["accuracy"], child["flops"], child["params"])
     assert (folder / "child.safetensors").is_file()
     # The tuner's value arrived: it is not the recipe's.

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from nni_cream.errors import UserError
 from nni_cream.models.operations import DilConv
+from nni_cream.supernet.depthwise import with_explicit_derivatives
 
 
 class ReLUConvBN(nn.Module):
@@ -50,7 +51,17 @@ class FactorizedReduce(nn.Module):
         self.bn = nn.BatchNorm2d(out_channels, affine=affine)
 
     def forward(self, features: Tensor) -> Tensor:
-        """Apply the operation; height and width have to be even."""
+        """Apply the operation.
+
+        Raises:
+            UserError: if the height or width is odd: the two convolutions would disagree about half of it.
+        """
+        height, width = features.shape[-2:]
+        if height % 2 or width % 2:
+            raise UserError(
+                f"A reduction in DARTS needs an even height and width, not {height} × {width}; choose images whose "
+                "sides can be halved at every reduction, such as multiples of 32 pixels."
+            )
         active = self.relu(features)
         halves = [self.conv_1(active), self.conv_2(active[:, :, 1:, 1:])]
         out: Tensor = self.bn(torch.cat(halves, dim=1))
@@ -174,4 +185,4 @@ def build_candidate(name: str, channels: int, stride: int) -> nn.Module:
     operation = build_operation(name, channels, stride, affine=False)
     if isinstance(operation, nn.MaxPool2d | nn.AvgPool2d):
         return nn.Sequential(operation, nn.BatchNorm2d(channels, affine=False))
-    return operation
+    return with_explicit_derivatives(operation)

@@ -50,7 +50,7 @@ def test_the_published_networks_are_those_of_the_paper() -> None:
 @pytest.mark.usefixtures("on_meta")
 class TestPublished:
     def test_path_and_resolution(self, name: str, row: dict[str, Any]) -> None:
-        assert PUBLISHED[name].path.to_lists() == row["arch_list"]
+        assert PUBLISHED[name].path.to_json() == row["arch_list"]
         assert PUBLISHED[name].resolution == row["image_size"]
 
     def test_blocks_keep_the_quirk_of_single_block_stages(self, name: str, row: dict[str, Any]) -> None:

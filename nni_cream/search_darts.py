@@ -1,0 +1,136 @@
+"""A DARTS search from recipe to child, as its trial runs it."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from nni.nas.evaluator.pytorch import Lightning
+from nni.nas.execution import SequentialExecutionEngine
+from nni.nas.execution.event import IntermediateMetricEvent, ModelEventType
+from nni.nas.space import RawFormatModelSpace
+from torch import nn
+
+from nni_cream.child import Child
+from nni_cream.cost import measure_network
+from nni_cream.data import LabelledImages
+from nni_cream.plots import save_cells
+from nni_cream.recipe import DartsRecipe, to_yaml
+from nni_cream.reporting import Reporter, on_terminal
+from nni_cream.runs import RunDirectory
+from nni_cream.search import (
+    arrange_in_memory,
+    ended_search,
+    load_splits,
+    make_loader,
+    make_trainer,
+    print_child,
+)
+from nni_cream.strategies.darts import DartsStrategy
+from nni_cream.supernet.batch_norm import recalibrated
+from nni_cream.training import ImageClassifier
+
+_MILLION = 1_000_000
+_CALIBRATION_BATCHES = 20
+
+
+def search_darts(recipe: DartsRecipe, directory: RunDirectory) -> Child:
+    """Search, write the child and the pictures of its cells into ``directory``, and report it."""
+    from search_spaces.darts import DartsSpace
+
+    if (ended := ended_search(directory)) is not None:
+        return ended
+
+    pl.seed_everything(recipe.seed, verbose=False)
+    data = recipe.data
+    splits = load_splits(data, recipe.seed)
+    space = DartsSpace(splits.num_classes, **recipe.space.model_dump())
+    arrange_in_memory(space, recipe.device)
+    # As published, the images that α learns from vary like those of the weights.
+    varied = LabelledImages(splits.architecture.images, splits.architecture.indices, splits.weights.transform)
+    weight_loader = make_loader(splits.weights, data, training=True)
+    validation_loader = make_loader(splits.validation, data)
+    evaluator = Lightning(
+        ImageClassifier(splits.num_classes, recipe.optimizer.timm_arguments(), recipe.schedule.timm_arguments()),
+        make_trainer(recipe.epochs, recipe.device, directory),
+        train_dataloaders=weight_loader,
+        val_dataloaders=make_loader(varied, data, training=True),
+        fit_kwargs={"ckpt_path": directory.checkpoint} if directory.checkpoint.exists() else None,
+    )
+    settings = recipe.darts.model_dump()
+    if recipe.darts.flops_target is not None:
+        settings["flops_target"] = recipe.darts.flops_target * _MILLION
+    strategy = DartsStrategy(**settings, reporting_dataloader=validation_loader)
+    engine = SequentialExecutionEngine()
+    strategy.initialize(RawFormatModelSpace.from_model(space, evaluator), engine)
+
+    # Everything has been checked by now: a start that fails must not claim the folder.
+    directory.begin(to_yaml(recipe), recipe.seed)
+    reporter = Reporter(directory.path, quiet=on_terminal())
+
+    def forward(event: IntermediateMetricEvent) -> None:
+        reporter.intermediate(event.metric)
+
+    engine.register_model_event_callback(ModelEventType.IntermediateMetric, forward)
+    strategy.run()
+
+    module = strategy.oneshot_module
+    if module.ended_because is not None:
+        print(f"The search was ended: {module.ended_because}.")
+    sample = module.export()
+    # freeze() hands out the supernet's own modules.
+    network = copy.deepcopy(module.model.freeze(sample)).to(module.device)
+    cost = measure_network(network, data.resolution)
+    batches = (images.to(module.device) for images, _ in itertools.islice(weight_loader, _CALIBRATION_BATCHES))
+    calibrate(network, batches)
+    child = Child(
+        architecture=space.genotype(sample),
+        num_classes=splits.num_classes,
+        accuracy=accuracy_of(network, validation_loader, module.device),
+        flops=cost.macs,
+        params=cost.params,
+        data=data.model_dump(mode="json"),
+        search={
+            "name": recipe.name,
+            "seed": recipe.seed,
+            "epochs": recipe.epochs,
+            "supernet_accuracy": module.epochs[-1].val_accuracy,
+            "ended_because": module.ended_because,
+        },
+        space=recipe.space.model_dump(mode="json"),
+    )
+    save_cells(space.genotype(sample), directory.path)
+    child.save(directory.child, network)
+    reporter.final(
+        {
+            "default": child.search["supernet_accuracy"],
+            "child_accuracy": child.accuracy,
+            "flops": child.flops,
+            "params": child.params,
+            "genotype": str(child.architecture),
+        }
+    )
+    print_child(child, directory)
+    return child
+
+
+def calibrate(network: nn.Module, batches: Any) -> None:
+    """Give the batch norms of ``network`` statistics of its own, averaged over ``batches`` of images."""
+    with recalibrated(network, batches):
+        state = {name: buffer.clone() for name, buffer in network.named_buffers()}
+    for name, buffer in network.named_buffers():
+        buffer.copy_(state[name])
+    network.eval()
+
+
+def accuracy_of(network: nn.Module, batches: Any, device: torch.device) -> float:
+    """Return the share of right answers on ``batches`` of images and labels, in evaluation mode."""
+    correct = seen = 0
+    with torch.no_grad():
+        for images, targets in batches:
+            correct += int((network(images.to(device)).argmax(-1) == targets.to(device)).sum())
+            seen += len(targets)
+    return correct / seen

@@ -1,0 +1,202 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nni_cream.errors import UserError
+from nni_cream.genotype import PUBLISHED_GENOTYPES
+from nni_cream.models.darts_operations import (
+    OPERATIONS,
+    PAPER_OPERATIONS,
+    FactorizedReduce,
+    ReLUConvBN,
+    build_candidate,
+    build_operation,
+)
+from tests.reference import apply_rule, golden, standard_normal
+
+CHANNELS = 4
+
+
+def features(size: int = 8) -> Tensor:
+    return standard_normal(1, 2, CHANNELS, size, size)
+
+
+def with_weights(operation: nn.Module) -> tuple[nn.Module, dict[str, Tensor]]:
+    operation = operation.double().eval()
+    apply_rule(operation)
+    return operation, operation.state_dict()
+
+
+def normalized(x: Tensor, state: dict[str, Tensor], name: str) -> Tensor:
+    mean, var, scale, shift = (
+        state[f"{name}.{part}"].view(-1, 1, 1) for part in ("running_mean", "running_var", "weight", "bias")
+    )
+    return (x - mean) / (var + 1e-5).sqrt() * scale + shift
+
+
+def mixed(x: Tensor, weight: Tensor) -> Tensor:
+    return torch.einsum("oi,nihw->nohw", weight[:, :, 0, 0], x)
+
+
+def windows(x: Tensor, kernel: tuple[int, int], stride: int, padding_value: float) -> Tensor:
+    """All windows of every channel, [N, C, H', W', kernel height, kernel width]."""
+    (height, width) = (kernel[0] // 2, kernel[1] // 2)
+    padded = F.pad(x, (width, width, height, height), value=padding_value)
+    return padded.unfold(2, kernel[0], stride).unfold(3, kernel[1], stride)
+
+
+def same(actual: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-12)
+
+
+def test_the_paper_searches_among_eight_operations_in_this_order() -> None:
+    assert list(PAPER_OPERATIONS) == golden("darts/genotypes.json")["primitives"]
+
+
+def test_every_published_genotype_can_be_built() -> None:
+    named = {name for genotype in PUBLISHED_GENOTYPES.values() for name, _ in genotype.normal + genotype.reduce}
+    assert named <= set(OPERATIONS)
+
+
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("name", OPERATIONS)
+class TestEveryOperation:
+    @staticmethod
+    def operation(name: str, stride: int, affine: bool) -> nn.Module:
+        return build_operation(name, CHANNELS, stride, affine=affine).double()
+
+    def test_shape(self, name: str, stride: int, affine: bool) -> None:
+        size = 8 // stride
+        assert self.operation(name, stride, affine)(features()).shape == (2, CHANNELS, size, size)
+
+    def test_input_is_left_alone(self, name: str, stride: int, affine: bool) -> None:
+        before = features()
+        self.operation(name, stride, affine)(before)
+        assert torch.equal(before, features())
+
+    def test_no_convolution_has_a_bias(self, name: str, stride: int, affine: bool) -> None:
+        modules = list(self.operation(name, stride, affine).modules())
+        assert all(module.bias is None for module in modules if isinstance(module, nn.Conv2d))
+        norms = [module for module in modules if isinstance(module, nn.BatchNorm2d)]
+        assert all((norm.affine, norm.eps, norm.momentum) == (affine, 1e-5, 0.1) for norm in norms)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+class TestValues:
+    def test_none(self, stride: int) -> None:
+        same(
+            build_operation("none", CHANNELS, stride, affine=True)(features()), 0 * features()[..., ::stride, ::stride]
+        )
+
+    def test_max_pool(self, stride: int) -> None:
+        expected = windows(features(), (3, 3), stride, -torch.inf).amax((-2, -1))
+        same(build_operation("max_pool_3x3", CHANNELS, stride, affine=True)(features()), expected)
+
+    def test_average_pool_does_not_count_padding(self, stride: int) -> None:
+        inside = windows(torch.ones_like(features()), (3, 3), stride, 0).sum((-2, -1))
+        assert inside.min() == 4
+        expected = windows(features(), (3, 3), stride, 0).sum((-2, -1)) / inside
+        same(build_operation("avg_pool_3x3", CHANNELS, stride, affine=True)(features()), expected)
+
+    @pytest.mark.parametrize("kernel", [3, 5, 7])
+    def test_sep_conv(self, kernel: int, stride: int) -> None:
+        operation, state = with_weights(build_operation(f"sep_conv_{kernel}x{kernel}", CHANNELS, stride, affine=True))
+        expected = features()
+        for first, step in ((1, stride), (5, 1)):
+            seen = windows(expected.clamp(min=0), (kernel, kernel), step, 0)
+            depthwise = torch.einsum("nchwij,cij->nchw", seen, state[f"op.{first}.weight"][:, 0])
+            pointwise = mixed(depthwise, state[f"op.{first + 1}.weight"])
+            expected = normalized(pointwise, state, f"op.{first + 2}")
+        same(operation(features()), expected)
+
+    def test_conv_7x1_1x7(self, stride: int) -> None:
+        operation, state = with_weights(build_operation("conv_7x1_1x7", CHANNELS, stride, affine=True))
+        rows = windows(features().clamp(min=0), (1, 7), 1, 0)
+        across = torch.einsum("nchwij,ocij->nohw", rows, state["op.1.weight"])[..., ::stride]
+        columns = windows(across, (7, 1), 1, 0)
+        down = torch.einsum("nchwij,ocij->nohw", columns, state["op.2.weight"])[..., ::stride, :]
+        same(operation(features()), normalized(down, state, "op.3"))
+
+    @pytest.mark.parametrize("kernel", [3, 5])
+    def test_dil_conv(self, kernel: int, stride: int) -> None:
+        operation, state = with_weights(build_operation(f"dil_conv_{kernel}x{kernel}", CHANNELS, stride, affine=True))
+        extent = 2 * kernel - 1
+        seen = windows(features().clamp(min=0), (extent, extent), stride, 0)[..., ::2, ::2]
+        depthwise = torch.einsum("nchwij,cij->nchw", seen, state["op.1.weight"][:, 0])
+        same(operation(features()), normalized(mixed(depthwise, state["op.2.weight"]), state, "op.3"))
+
+
+def test_skip_connect_keeps_the_features() -> None:
+    x = features()
+    assert build_operation("skip_connect", CHANNELS, 1, affine=True)(x) is x
+
+
+@pytest.mark.parametrize(("in_channels", "out_channels"), [(CHANNELS, CHANNELS), (CHANNELS, 6)])
+def test_factorized_reduce_sees_every_second_pixel_twice(in_channels: int, out_channels: int) -> None:
+    operation, state = with_weights(FactorizedReduce(in_channels, out_channels, affine=True))
+    active = features().clamp(min=0)
+    even = mixed(active[..., ::2, ::2], state["conv_1.weight"])
+    odd = mixed(active[..., 1::2, 1::2], state["conv_2.weight"])
+    same(operation(features()), normalized(torch.cat([even, odd], dim=1), state, "bn"))
+
+
+def test_skip_connect_of_stride_2_is_a_factorized_reduce() -> None:
+    operation = build_operation("skip_connect", CHANNELS, 2, affine=True)
+    names = [name for name in operation.state_dict() if name.endswith("weight")]
+    assert names == ["conv_1.weight", "conv_2.weight", "bn.weight"]
+
+
+def test_relu_conv_bn() -> None:
+    operation, state = with_weights(ReLUConvBN(CHANNELS, 6, affine=True))
+    expected = normalized(mixed(features().clamp(min=0), state["op.1.weight"]), state, "op.2")
+    same(operation(features()), expected)
+
+
+@pytest.mark.parametrize("name", PAPER_OPERATIONS)
+def test_candidates_have_no_affine_norm_and_pools_have_one_more(name: str) -> None:
+    candidate = build_candidate(name, CHANNELS, 1).double().train()
+    norms = [module for module in candidate.modules() if isinstance(module, nn.BatchNorm2d)]
+    assert not any(norm.affine for norm in norms)
+    out = candidate(features())
+    if "pool" in name:
+        assert len(norms) == 1
+    if norms:
+        same(out.mean((0, 2, 3)), torch.zeros(CHANNELS, dtype=torch.float64))
+
+
+@pytest.mark.parametrize(("cell", "channels", "stride"), [(0, 4, 1), (1, 8, 2)])
+@pytest.mark.parametrize("name", PAPER_OPERATIONS)
+def test_candidates_have_the_published_entries(name: str, cell: int, channels: int, stride: int) -> None:
+    """The search network of the reference begins with a normal and a reduction cell."""
+    prefix = f"cells.{cell}._ops.0._ops.{PAPER_OPERATIONS.index(name)}."
+    entries = golden("darts/search_2_nodes.json")["state_dict"]
+    expected = [(entry.removeprefix(prefix), tuple(shape)) for entry, shape in entries if entry.startswith(prefix)]
+    state = build_candidate(name, channels, stride).state_dict()
+    assert [(entry, tuple(tensor.shape)) for entry, tensor in state.items()] == expected
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (
+            lambda: build_operation("conv_9x9", 4, 1, affine=True),
+            "no operation 'conv_9x9' in DARTS; there are none, max",
+        ),
+        (lambda: build_candidate("", 4, 1), "no operation ''"),
+        (lambda: build_operation("skip_connect", 5, 2, affine=True), "an even number of channels, not 5"),
+        (
+            lambda: FactorizedReduce(4, 4, affine=True)(torch.zeros(1, 4, 7, 8)),
+            "an even height and width, not 7 × 8; choose images .* such as multiples of 32",
+        ),
+        (lambda: FactorizedReduce(4, 4, affine=True)(torch.zeros(1, 4, 8, 7)), "not 8 × 7"),
+    ],
+)
+def test_what_cannot_be_built_is_an_error(build: Any, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        build()
