@@ -6,52 +6,23 @@ Three settings of one strategy: ``matching`` (the matching layer picks the teach
 board teaches), and ``none`` (plain uniform single-path training). First each setting searches once for as many epochs
 as the recipe says, and the processor time that this takes tells for how many epochs each may search. Then every
 setting searches with every seed, and every path that is found is retrained from scratch with that seed. Each search
-and each training is one of the ordinary trials, on one thread, so that processor time is what a search costs whatever
-else the machine is doing. What
-has ended is not run again.
+and each training is one of the ordinary trials, on one thread. What has ended is not run again.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
-import platform
-import resource
-import shutil
-import statistics
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+from common import ROOT, mean_and_spread, run_trial, save_result, settings_arguments
 
 from nni_cream.recipe import CreamRecipe, load_recipe
-from nni_cream.runs import describe_environment, read_json, write_json
+from nni_cream.runs import read_json
 
 TEACHERS = ("matching", "top1", "none")
 RECIPE = ROOT / "experiments/recipes/cream_mnist5k.yml"
 RETRAIN_RECIPE = ROOT / "experiments/recipes/retrain_mnist5k.yml"
-RESULT = ROOT / "benchmarks/results/compare_teachers.json"
-
-
-def run_trial(script: str, output: Path, *arguments: str) -> float:
-    """Run a trial in ``output``, unless it has ended there before, and return its processor time in seconds."""
-    note = output / "processor_time.json"
-    if note.exists():
-        return float(read_json(note, "note of processor time")["seconds"])
-    if output.exists():
-        # Going on where it was interrupted would leave out the time that it took until then.
-        shutil.rmtree(output)
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    command = [sys.executable, str(ROOT / "trials" / script), "--output", str(output), *arguments]
-    one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run(command, check=True, cwd=ROOT, env=one_thread, stdout=subprocess.DEVNULL)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    seconds = (after.ru_utime + after.ru_stime) - (before.ru_utime + before.ru_stime)
-    write_json(note, {"seconds": seconds})
-    return seconds
 
 
 def search(output: Path, teacher: str, seed: int, epochs: int, warmup_epochs: int) -> float:
@@ -62,13 +33,7 @@ def search(output: Path, teacher: str, seed: int, epochs: int, warmup_epochs: in
         "epochs": epochs,
         "cream.warmup_epochs": warmup_epochs,
     }
-    overrides = [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
-    return run_trial("search_cream.py", output, "--recipe", str(RECIPE), *overrides)
-
-
-def mean_and_spread(values: list[float]) -> dict[str, float]:
-    """Return mean and standard deviation (n − 1)."""
-    return {"mean": statistics.mean(values), "sd": statistics.stdev(values) if len(values) > 1 else 0.0}
+    return run_trial("search_cream.py", output, "--recipe", str(RECIPE), *settings_arguments(settings))
 
 
 def main() -> None:
@@ -120,31 +85,16 @@ def main() -> None:
         for key in ("search_seconds", "shared_accuracy", "validation_accuracy", "test_accuracy"):
             setting[key] = mean_and_spread([run[key] for run in setting["runs"]])
 
-    write_json(
-        RESULT,
+    save_result(
+        "compare_teachers",
         {
             "what": "accuracy of retrained paths, one strategy with three ways to pick a teacher, equal processor time",
             "data": recipe.data.name,
             "seeds": arguments.seeds,
             "settings": settings,
-            "processor": processor(),
-            "commit": commit(),
-            **describe_environment(),
         },
     )
     print(table(settings))
-
-
-def commit() -> str:
-    """Return the commit that was measured."""
-    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
-
-
-def processor() -> str:
-    """Return the processor's name."""
-    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.processor())
 
 
 def table(settings: dict[str, dict[str, Any]]) -> str:

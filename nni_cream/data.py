@@ -20,6 +20,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+from timm.data.transforms import str_to_interp_mode
 from timm.data.transforms_factory import create_transform
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -264,6 +265,9 @@ def _transforms(source: Source, augmentation: Augmentation, resolution: int) -> 
     """The training and the evaluation transform."""
     arguments = source.augmentation.given() | augmentation.given()
     padding, cutout = arguments.pop("crop_padding", None), arguments.pop("cutout", None)
+    interpolation = arguments.get("interpolation", "bilinear")
+    if interpolation == "random":
+        interpolation = "bilinear"
     common: dict[str, Any] = {"input_size": resolution, "mean": source.mean, "std": source.std}
     try:
         training = create_transform(**common, is_training=True, **arguments)
@@ -272,14 +276,14 @@ def _transforms(source: Source, augmentation: Augmentation, resolution: int) -> 
         raise UserError(f"timm knows no policy augmentation.auto_augment={augmentation.auto_augment!r}.") from error
     if padding is not None:
         # In place of timm's first step, the random crop that changes the size of things.
-        crop = [transforms.Resize((resolution, resolution)), transforms.RandomCrop(resolution, padding)]
-        training = transforms.Compose([*crop, *training.transforms[1:]])
+        resize = transforms.Resize((resolution, resolution), str_to_interp_mode(interpolation))
+        crop = transforms.RandomCrop(resolution, padding)
+        training = transforms.Compose([resize, crop, *training.transforms[1:]])
     if cutout is not None:
         training = transforms.Compose([*training.transforms, Cutout(cutout)])
-    interpolation = arguments.get("interpolation", "bilinear")
     evaluation = create_transform(
         **common,
-        interpolation="bilinear" if interpolation == "random" else interpolation,
+        interpolation=interpolation,
         # A small image has no margin to give away; None is timm's default, 0.875.
         crop_pct=1.0 if source.in_memory or resolution <= _SMALL_RESOLUTION else None,
     )

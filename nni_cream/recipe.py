@@ -44,9 +44,9 @@ def _known_data_set(name: str) -> str:
 
 DataSetName = Annotated[str, AfterValidator(_known_data_set)]
 
-# What timm builds with Nesterov's momentum, which torch refuses to do with a momentum of 0.
 # What timm builds as torch.optim.SGD, whose step DARTS can unroll.
 _UNROLLED = ("sgd", "momentum", "nesterov")
+# What timm builds with Nesterov's momentum, which torch refuses to do with a momentum of 0.
 _NESTEROV = frozenset({"sgd", "sgdw", "sgdc", "nesterov", "nesterovw", "csgdw", "csgdc", "nlars", "nlarc"})
 
 
@@ -403,6 +403,11 @@ class DartsRecipe(Recipe):
                 f"optimizer.name is {self.optimizer.name!r}, but darts.order: second unrolls a step of "
                 f"{' or '.join(_UNROLLED)}"
             )
+        if self.data.resolution % 4:
+            raise ValueError(
+                f"data.resolution is {self.data.resolution}, but the two reduction cells halve it twice: make it a "
+                "multiple of 4"
+            )
         if self.space.concat is not None and self.space.concat > self.space.nodes:
             raise ValueError(f"space.concat is {self.space.concat}, but a cell has space.nodes = {self.space.nodes}")
         return self
@@ -511,8 +516,12 @@ def _set(content: dict[str, Any], key: str, value: Any, known: list[str]) -> Non
 def _unknown(key: str, known: Iterable[str]) -> str:
     def likeness(other: str) -> float:
         # Counting the last word once more lets 'lr' find 'optimizer.lr'.
-        pairs = (key, other), (key.rpartition(".")[2], other.rpartition(".")[2])
-        return sum(difflib.SequenceMatcher(None, *pair).ratio() for pair in pairs)
+        (group, _, last), (other_group, _, other_last) = key.rpartition("."), other.rpartition(".")
+        pairs = (key, other), (last, other_last)
+        # Whoever names a group that there is means a setting in it.
+        return (group != "" and group == other_group) + sum(
+            difflib.SequenceMatcher(None, *pair).ratio() for pair in pairs
+        )
 
     return f"'{key}' is not a setting; did you mean '{max(known, key=likeness)}'?"
 

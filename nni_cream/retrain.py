@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
+import torch
 from torch import nn
 
 from nni_cream.child import Candidate, Child, build_network, load_weights, save_network
@@ -47,6 +49,7 @@ def retrain(recipe: RetrainRecipe, candidate: Candidate, directory: RunDirectory
     if recipe.inherit_weights:
         _inherit(network, candidate.file, child, splits.num_classes)
     cost = measure_network(network, data.resolution)
+    refuse_resolution(network, data.resolution)
     arrange_in_memory(network, recipe.device)
 
     module = ImageClassifier(
@@ -100,6 +103,16 @@ def retrain(recipe: RetrainRecipe, candidate: Candidate, directory: RunDirectory
     # A tuner may steer by the validation part; the test part is for people.
     reporter.final({"default": val_accuracy, **{key: result[key] for key in ("test_accuracy", "flops", "params")}})
     return print_result(result)
+
+
+def refuse_resolution(network: nn.Module, resolution: int) -> None:
+    """Make sure that ``network`` can be trained at this resolution; an auxiliary head knows only some.
+
+    Raises:
+        UserError: if it cannot.
+    """
+    if getattr(network, "auxiliary_head", None) is not None:
+        copy.deepcopy(network).to("meta").train()(torch.empty(2, 3, resolution, resolution, device="meta"))
 
 
 def print_result(result: dict[str, object]) -> float:

@@ -205,15 +205,29 @@ class DepthwiseConv2d(nn.Conv2d):
 
 
 def with_explicit_derivatives(module: nn.Module) -> nn.Module:
-    """Replace the depthwise convolutions in ``module`` by :class:`DepthwiseConv2d`, in place; their weights stay."""
+    """Replace the depthwise convolutions in ``module`` by :class:`DepthwiseConv2d`, in place; their weights stay.
+
+    One with a bias, a rectangular kernel, or padding other than a number of zeros is left as it is.
+    """
     for name, child in list(module.named_children()):
-        if type(child) is nn.Conv2d and child.groups == child.in_channels == child.out_channels > 1:
-            (kernel, _), (stride, _), (dilation, _) = child.kernel_size, child.stride, child.dilation
+        if type(child) is nn.Conv2d and _is_plain_depthwise(child):
             padding = child.padding[0]
             assert isinstance(padding, int)
-            depthwise = DepthwiseConv2d(child.in_channels, kernel, stride, padding, dilation)
+            depthwise = DepthwiseConv2d(
+                child.in_channels, child.kernel_size[0], child.stride[0], padding, child.dilation[0]
+            )
             depthwise.weight = child.weight
             setattr(module, name, depthwise)
         else:
             with_explicit_derivatives(child)
     return module
+
+
+def _is_plain_depthwise(layer: nn.Conv2d) -> bool:
+    pairs = (layer.kernel_size, layer.stride, layer.padding, layer.dilation)
+    return (
+        layer.groups == layer.in_channels == layer.out_channels > 1
+        and layer.bias is None
+        and layer.padding_mode == "zeros"
+        and all(not isinstance(pair, str) and pair[0] == pair[1] for pair in pairs)
+    )

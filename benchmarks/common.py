@@ -1,0 +1,73 @@
+"""What the benchmarks share: trials that run once, numbers with spread, and what was measured where."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from nni_cream.runs import describe_environment, read_json, write_json
+
+RESULTS = ROOT / "benchmarks/results"
+
+
+def run_trial(script: str, output: Path, *arguments: str) -> float:
+    """Run a trial in ``output``, unless it has ended there before, and return its processor time in seconds.
+
+    It has one thread, so that processor time is what it costs, whatever else the machine is doing.
+    """
+    note = output / "processor_time.json"
+    if note.exists():
+        return float(read_json(note, "note of processor time")["seconds"])
+    if output.exists():
+        # Going on where it was interrupted would leave out the time that it took until then.
+        shutil.rmtree(output)
+    command = [sys.executable, str(ROOT / "trials" / script), "--output", str(output), *arguments]
+    one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, cwd=ROOT, env=one_thread, stdout=subprocess.DEVNULL)
+    # Of this child alone: other trials may run beside it.
+    _, status, used = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, command)
+    seconds = used.ru_utime + used.ru_stime
+    write_json(note, {"seconds": seconds})
+    return seconds
+
+
+def settings_arguments(settings: dict[str, Any]) -> list[str]:
+    """Return the command-line arguments that change ``settings`` of a recipe."""
+    return [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
+
+
+def mean_and_spread(values: Sequence[float]) -> dict[str, float]:
+    """Return mean and standard deviation (n − 1)."""
+    return {"mean": statistics.mean(values), "sd": statistics.stdev(values) if len(values) > 1 else 0.0}
+
+
+def save_result(name: str, content: dict[str, Any]) -> Path:
+    """Write ``content`` into ``benchmarks/results``, with the machine, the versions and the commit."""
+    file = RESULTS / f"{name}.json"
+    write_json(file, {**content, "processor": processor(), "commit": commit(), **describe_environment()})
+    return file
+
+
+def commit() -> str:
+    """Return the commit that was measured."""
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def processor() -> str:
+    """Return the processor's name."""
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.processor())
