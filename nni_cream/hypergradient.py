@@ -70,7 +70,8 @@ def sgd_step(optimizer: torch.optim.Optimizer, weights: Sequence[Tensor]) -> lis
         for parameter in group["params"]:
             buffer = optimizer.state.get(parameter, {}).get("momentum_buffer")
             steps[parameter] = ParameterStep(scale, scale * float(group["weight_decay"]), drift, buffer)
-    return [steps[weight] for weight in weights]
+    # What the optimizer does not know stays where it is.
+    return [steps.get(weight, ParameterStep(0.0, 0.0, 0.0, None)) for weight in weights]
 
 
 @dataclass(frozen=True)

@@ -315,6 +315,12 @@ class Darts(Settings):
     flops_target: PositiveFloat | None = None
     flops_weight: PositiveFloat = 1.0
 
+    @field_validator("eigenvalue", mode="before")
+    @classmethod
+    def _off_is_a_word(cls, value: Any) -> Any:
+        # YAML reads an off without quotation marks as false.
+        return "off" if value is False else value
+
 
 class DartsNetworkSettings(Settings):
     """Arguments of :class:`nni_cream.models.darts.DartsNetwork`: how large the network of a genotype becomes."""

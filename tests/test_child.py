@@ -13,15 +13,18 @@ from torch import nn
 
 from nni_cream import child as child_module
 from nni_cream.architecture import CreamPath
-from nni_cream.child import Child, load_weights
+from nni_cream.child import Child, build_network, load_weights
 from nni_cream.errors import UserError
+from nni_cream.genotype import Genotype
+from nni_cream.models.darts import DartsNetwork
+from search_spaces.darts import DartsSpace
 
 PATH = CreamPath.parse("[0] [0] [1] [2] [3, 1] [0] [0]")
 
 
 def make_child(**changes: Any) -> Child:
     values: dict[str, Any] = {
-        "path": PATH,
+        "architecture": PATH,
         "num_classes": 7,
         "accuracy": 0.875,
         "flops": 12_345_678,
@@ -31,6 +34,20 @@ def make_child(**changes: Any) -> Child:
         "runners_up": [{"path": [[0], [1]], "accuracy": 0.5, "flops": 1, "params": 2}],
     }
     return Child(**{**values, **changes})
+
+
+EDGES = (("sep_conv_3x3", 1), ("skip_connect", 0), ("max_pool_3x3", 0), ("dil_conv_3x3", 2))
+GENOTYPE = Genotype(normal=EDGES, normal_concat=(2, 3), reduce=EDGES[::-1][2:] + EDGES[2:], reduce_concat=(2, 3))
+SPACE = {"channels": 4, "cells": 3, "nodes": 2, "concat": 2, "operations": [*dict(EDGES), "none"]}
+
+
+def darts_child(**changes: Any) -> Child:
+    return make_child(**{"architecture": GENOTYPE, "runners_up": [], "space": SPACE, **changes})
+
+
+def build(child: Child) -> nn.Module:
+    size = {"kind": "search", **child.space} if child.space else {}
+    return build_network(str(child.architecture), child.num_classes, size)
 
 
 def small_network(width: int = 3) -> nn.Sequential:
@@ -67,17 +84,17 @@ class TestRoundTrip:
     def test_of_what_was_found(self, saved: Path) -> None:
         assert Child.load(saved) == make_child()
 
-    def test_of_the_weights_in_the_network_that_is_built(self, tmp_path: Path) -> None:
+    @pytest.mark.parametrize("child", [make_child(), darts_child()], ids=["Cream", "DARTS"])
+    def test_of_the_weights_in_the_network_that_is_built(self, tmp_path: Path, child: Child) -> None:
         torch.manual_seed(0)
-        child = make_child()
-        network = child.build().eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        network = build(child).eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         with torch.no_grad():
             for tensor in network.state_dict().values():
                 if tensor.is_floating_point():
                     tensor.add_(0.01 * torch.rand_like(tensor))  # Batch statistics as well.
         child.save(tmp_path / "child.json", network)
 
-        again = Child.load(tmp_path / "child.json").build().eval()
+        again = build(Child.load(tmp_path / "child.json")).eval()
         images = torch.rand(2, 3, 32, 32)
         assert not torch.equal(again(images), network(images))
         load_weights(again, tmp_path / "child.json")
@@ -95,6 +112,28 @@ class TestRoundTrip:
                 "data": '{"name": "folder", "folder": "Übung", "resolution": 32}',
             }
 
+    def test_of_a_genotype(self, tmp_path: Path) -> None:
+        darts_child().save(tmp_path / "child.json", small_network())
+        assert Child.load(tmp_path / "child.json") == darts_child()
+        content = json.loads((tmp_path / "child.json").read_text(encoding="utf-8"))
+        assert content["genotype"] == {
+            "normal": [["sep_conv_3x3", 1], ["skip_connect", 0], ["max_pool_3x3", 0], ["dil_conv_3x3", 2]],
+            "normal_concat": [2, 3],
+            "reduce": [["skip_connect", 0], ["sep_conv_3x3", 1], ["max_pool_3x3", 0], ["dil_conv_3x3", 2]],
+            "reduce_concat": [2, 3],
+        }
+        assert content["space"] == SPACE
+        assert "path" not in content
+        with safe_open(tmp_path / "child.safetensors", "pt") as file:
+            notes = file.metadata()
+        assert Genotype.parse(notes["architecture"]) == GENOTYPE
+        assert json.loads(notes["size"]) == {"kind": "search", **SPACE}
+
+    def test_of_a_path_says_nothing_of_a_space(self, saved: Path) -> None:
+        content = json.loads(saved.read_text(encoding="utf-8"))
+        assert content["path"] == [[0], [0], [1], [2], [3, 1], [0], [0]]
+        assert not {"space", "genotype", "architecture"} & set(content)
+
     def test_leaves_nothing_but_the_two_files(self, saved: Path) -> None:
         assert {path.name for path in saved.parent.iterdir()} == {"child.json", "child.safetensors"}
 
@@ -109,7 +148,7 @@ class TestRoundTrip:
         assert not (tmp_path / "child.json").exists()
 
     def test_other_classes_change_the_classifier_only(self) -> None:
-        seven, two = make_child().build().state_dict(), make_child().build(num_classes=2).state_dict()
+        seven, two = (build_network(str(PATH), number, {}).state_dict() for number in (7, 2))
         different = {name for name in seven if seven[name].shape != two[name].shape}
         assert different == {"classifier.weight", "classifier.bias"}
 
@@ -120,12 +159,21 @@ class TestWrongChild:
         change(saved, format=value)
         assert "its 'format' should be 'nni_cream.child/1'" in refusal(saved)
 
-    @pytest.mark.parametrize("key", ["path", "num_classes", "accuracy", "flops", "params", "data", "search"])
+    @pytest.mark.parametrize("key", ["num_classes", "accuracy", "flops", "params", "data", "search"])
     def test_missing_field(self, saved: Path, key: str) -> None:
         content = json.loads(saved.read_text())
         del content[key]
         saved.write_text(json.dumps(content))
         assert refusal(saved) == f"{saved} is not a complete child of a search: {key!r} is missing."
+
+    def test_without_an_architecture_or_with_two(self, saved: Path) -> None:
+        expected = f"{saved} is not a child of a search: it should have either 'path' or 'genotype'."
+        change(saved, genotype=GENOTYPE.to_json())
+        assert refusal(saved) == expected
+        content = json.loads(saved.read_text())
+        del content["path"], content["genotype"]
+        saved.write_text(json.dumps(content))
+        assert refusal(saved) == expected
 
     def test_surplus_field(self, saved: Path) -> None:
         change(saved, colour="blue")
@@ -141,6 +189,8 @@ class TestWrongChild:
             ("data", ["name"]),
             ("search", 3),
             ("runners_up", {}),
+            ("space", [1]),
+            ("space", None),
             ("path", None),
             ("path", [[0], 1]),
         ],
@@ -153,6 +203,31 @@ class TestWrongChild:
     def test_architecture(self, saved: Path, path: Any) -> None:
         change(saved, path=path)
         assert refusal(saved).startswith(f"{saved} is not a child of a search: ")
+
+    @pytest.mark.parametrize(
+        ("genotype", "expected"),
+        [
+            (None, "but this is a NoneType"),
+            ([["skip_connect", 0]], "but this is a list"),
+            ("Genotype()", "but this is a str"),
+            ({}, "missing or too many: normal, normal_concat, reduce, reduce_concat"),
+            ({**GENOTYPE.to_json(), "colour": 3}, "missing or too many: colour"),
+            ({**GENOTYPE.to_json(), "normal": 3}, "The field 'normal' of a genotype is a list of pairs"),
+            ({**GENOTYPE.to_json(), "reduce": [["skip_connect"]]}, "The field 'reduce' of a genotype is a list of pa"),
+            ({**GENOTYPE.to_json(), "reduce": [[0, "skip_connect"]] * 4}, "The field 'reduce'"),
+            ({**GENOTYPE.to_json(), "normal_concat": [9]}, "concatenates the states [9]"),
+            ({**GENOTYPE.to_json(), "normal_concat": "2"}, "The field 'normal_concat' of a genotype is a list of num"),
+            ({**GENOTYPE.to_json(), "normal": [["skip_connect", 5]] * 4}, "normal"),
+        ],
+        ids=str,
+    )
+    def test_genotype(self, tmp_path: Path, genotype: Any, expected: str) -> None:
+        file = tmp_path / "child.json"
+        darts_child().save(file, small_network())
+        change(file, genotype=genotype)
+        message = refusal(file)
+        assert message.startswith(f"{file} is not a child of a search: ")
+        assert expected in message
 
     def test_without_runners_up_is_taken(self, saved: Path) -> None:
         content = json.loads(saved.read_text())
@@ -205,12 +280,63 @@ class TestWrongWeights:
         assert "5 entries are only in one of them, such as '1.bias' of the file." in message
 
 
-def test_reading_a_child_imports_nothing_heavy(saved: Path) -> None:
+class TestBuiltNetwork:
+    def test_of_a_genotype_as_searched_is_the_frozen_space(self) -> None:
+        network = build_network(str(GENOTYPE), 7, {"kind": "search", **SPACE})
+        space = DartsSpace(7, **SPACE)
+        frozen = space.freeze(space.sample(GENOTYPE))
+        shapes = {name: tensor.shape for name, tensor in frozen.state_dict().items()}
+        assert {name: tensor.shape for name, tensor in network.state_dict().items()} == shapes
+        network.load_state_dict(frozen.state_dict())
+        images = torch.rand(2, 3, 16, 16)
+        assert torch.equal(network.eval()(images), frozen.eval()(images))
+        assert network(images).shape == (2, 7)
+
+    def test_of_a_genotype_as_trained_is_of_the_given_size(self) -> None:
+        size = {"kind": "trained", "channels": 6, "cells": 4, "stem": "imagenet", "auxiliary": True}
+        network = build_network(str(GENOTYPE), 7, size, drop_rate=0.25, drop_path_rate=0.5)
+        assert isinstance(network, DartsNetwork)
+        expected = DartsNetwork(GENOTYPE, channels=6, cells=4, stem="imagenet", auxiliary=True, num_classes=7)
+        shapes = {name: tensor.shape for name, tensor in expected.state_dict().items()}
+        assert {name: tensor.shape for name, tensor in network.state_dict().items()} == shapes
+        assert any(name.startswith("auxiliary_head.") for name in shapes)
+        assert network.head_drop.p == 0.25
+        assert {m.drop_prob for m in network.modules() if hasattr(m, "drop_prob")} == {0.5}
+
+    @pytest.mark.parametrize(
+        ("architecture", "size", "expected"),
+        [
+            (str(GENOTYPE), {"kind": "search", "colour": 1}, "is not one of a genotype"),
+            (str(GENOTYPE), {"kind": "trained"}, "is not one of a genotype"),
+            (str(GENOTYPE), {}, "is not one of a genotype"),
+            (str(GENOTYPE), {"kind": "search", **SPACE, "cells": "four"}, "is not one of a genotype"),
+            (str(GENOTYPE), {"kind": "search", **SPACE, "channels": 3}, "even number of channels, at least 2, not 3."),
+            (str(GENOTYPE), {"kind": "search", **SPACE, "operations": ["none", "skip_connect"]}, "sep_conv_3x3"),
+            (str(GENOTYPE)[:-1], {}, "is not a genotype"),
+            ("Genotype(normal=[])", {}, "missing or too many"),
+        ],
+        ids=str,
+    )
+    def test_of_what_is_none_is_refused_in_a_sentence(
+        self, architecture: str, size: dict[str, Any], expected: str
+    ) -> None:
+        with pytest.raises(UserError) as caught:
+            build_network(architecture, 7, size)
+        message = str(caught.value)
+        assert expected in message
+        assert "\n" not in message
+        assert message.endswith(".")
+
+
+@pytest.mark.parametrize("child", [make_child(), darts_child()], ids=["Cream", "DARTS"])
+def test_reading_a_child_imports_nothing_heavy(tmp_path: Path, child: Child) -> None:
+    saved = tmp_path / "child.json"
+    child.save(saved, small_network())
     script = (
         "import sys\n"
         "from pathlib import Path\n"
         "from nni_cream.child import Child\n"
-        f"print(Child.load(Path({str(saved)!r})).path, 'torch' in sys.modules)\n"
+        f"print(Child.load(Path({str(saved)!r})).architecture, 'torch' in sys.modules)\n"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == f"{PATH} False"
+    assert done.stdout.strip() == f"{child.architecture} False"

@@ -273,6 +273,8 @@ class TestAugmentation:
             ({}, {"re_prob": 1.0}),
             ({"re_prob": 1.0}, {"re_mode": "pixel"}),
             ({"auto_augment": "3a"}, {"color_jitter": 0.8}),
+            ({}, {"crop_padding": 4}),
+            ({}, {"cutout": 6}),
         ],
         ids=lambda value: " ".join(value),
     )
@@ -280,6 +282,34 @@ class TestAugmentation:
         before = load_data("digits", resolution=20, augmentation=Augmentation(**base))
         after = load_data("digits", resolution=20, augmentation=Augmentation(**base, **change))
         assert not torch.equal(drawn(before.weights, range(8)), drawn(after.weights, range(8)))
+
+    @pytest.mark.parametrize("interpolation", ["bilinear", "nearest"])
+    def test_padding_shifts_by_up_to_so_many_pixels_and_keeps_the_size(self, interpolation: str) -> None:
+        augmentation = Augmentation(crop_padding=2, interpolation=interpolation)
+        splits = load_data("digits", resolution=12, augmentation=augmentation)
+        image = splits.test.transform(splits.test.images.rgb(int(splits.weights.indices[0])))
+        black = torch.tensor([-mean / std for mean, std in zip(splits.mean, splits.std, strict=True)])
+        padded = black[:, None, None].repeat(1, 16, 16)
+        padded[:, 2:14, 2:14] = image
+        windows = {(y, x): padded[:, y : y + 12, x : x + 12] for y in range(5) for x in range(5)}
+        counts = dict.fromkeys(windows, 0)
+        torch.manual_seed(0)
+        for _ in range(500):
+            drawn, _label = splits.weights[0]
+            (found,) = (at for at, window in windows.items() if torch.allclose(drawn, window, atol=1e-6))
+            counts[found] += 1
+        assert min(counts.values()) > 0
+        assert sum((count - 20) ** 2 / 20 for count in counts.values()) < 51  # chi-square: one in a thousand
+
+    def test_cutout_comes_after_all_else(self) -> None:
+        splits = load_data("digits", resolution=12, augmentation=Augmentation(**WHOLE, cutout=6))
+        still = LabelledImages(splits.weights.images, splits.weights.indices, splits.test.transform)
+        cut, whole = drawn(splits.weights, range(30)), drawn(still, range(30))
+        holes = (cut == 0).all(1)
+        assert not (whole == 0).any()
+        assert all(9 <= area <= 36 for area in holes.sum((1, 2)).tolist())
+        assert torch.equal(cut, torch.where(holes[:, None], torch.zeros(()), whole))
+        assert torch.equal(drawn(splits.test, range(5)), drawn(load_data("digits", resolution=12).test, range(5)))
 
     def test_every_field_is_tested(self) -> None:
         tested = {
@@ -292,6 +322,8 @@ class TestAugmentation:
             "interpolation",
             "re_prob",
             "re_mode",
+            "crop_padding",
+            "cutout",
         }
         assert set(Augmentation.__dataclass_fields__) == tested
 
@@ -318,6 +350,10 @@ class TestAugmentation:
             (Augmentation(re_mode="pixel"), "re_mode=pixel has no effect while augmentation.re_prob is 0"),
             (Augmentation(auto_augment="random"), "timm knows no policy augmentation.auto_augment='random'"),
             (Augmentation(auto_augment="ran"), "timm knows no policy"),
+            (Augmentation(crop_padding=0), "crop_padding is a number of pixels above 0, got 0"),
+            (Augmentation(cutout=-1), "cutout is a number of pixels above 0, got -1"),
+            (Augmentation(crop_padding=4, scale=(0.5, 1.0)), "crop_padding=4 takes the place of the crop by augm"),
+            (Augmentation(crop_padding=4, ratio=(1.0, 1.0)), "crop_padding=4 takes the place .* give one or the other"),
             (Augmentation(auto_augment="rand-m9", color_jitter=0.4), "color_jitter=0.4 has no effect beside"),
         ],
     )

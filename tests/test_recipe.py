@@ -10,9 +10,13 @@ import pytest
 import yaml
 
 from nni_cream.errors import UserError
+from nni_cream.models.darts_operations import PAPER_OPERATIONS
 from nni_cream.recipe import (
+    AnyRecipe,
     ChildData,
     CreamRecipe,
+    DartsNetworkSettings,
+    DartsRecipe,
     Data,
     EvaluationData,
     EvaluationRecipe,
@@ -30,10 +34,12 @@ SHIPPED = sorted((ROOT / "experiments" / "recipes").glob("*.yml"))
 KINDS: dict[str, type[Settings]] = {
     "search": CreamRecipe,
     "cream": CreamRecipe,
+    "darts": DartsRecipe,
     "retrain": RetrainRecipe,
     "test": EvaluationRecipe,
 }
 
+DARTS = {"name": "a", "epochs": 30}
 SMALLEST = {"name": "a", "epochs": 30, "flops": {"min": 1, "max": 2}}
 
 
@@ -62,7 +68,7 @@ def checked_sentence(message: str) -> str:
 
 class TestShippedRecipes:
     def test_there_are_some(self) -> None:
-        assert {kind_of(file) for file in SHIPPED} >= {CreamRecipe, RetrainRecipe, EvaluationRecipe}
+        assert {kind_of(file) for file in SHIPPED} >= {CreamRecipe, DartsRecipe, RetrainRecipe, EvaluationRecipe}
 
     @pytest.mark.parametrize("file", SHIPPED, ids=lambda file: file.name)
     def test_holds_what_is_written_in_it(self, file: Path) -> None:
@@ -83,6 +89,112 @@ class TestShippedRecipes:
         recipe = load_recipe(kind_of(file), file, {})
         (tmp_path / "again.yml").write_text(to_yaml(recipe), encoding="utf-8")
         assert load_recipe(kind_of(file), tmp_path / "again.yml", {}) == recipe
+
+
+def shipped(name: str, kind: type[AnyRecipe]) -> AnyRecipe:
+    return load_recipe(kind, ROOT / "experiments" / "recipes" / f"{name}.yml", {})
+
+
+class TestPublishedSettings:
+    """The paper's settings of DARTS, from its text and its published code."""
+
+    def test_search_on_cifar10(self) -> None:
+        recipe = shipped("darts_cifar10", DartsRecipe)
+        assert (recipe.epochs, recipe.data.batch_size, recipe.data.name) == (50, 64, "cifar10")
+        weights = recipe.optimizer
+        assert (weights.name, weights.lr, weights.momentum, weights.weight_decay) == ("momentum", 0.025, 0.9, 3e-4)
+        assert not weights.filter_bias_and_bn
+        assert (recipe.schedule.name, recipe.schedule.interval, recipe.schedule.min_lr) == ("cosine", "epoch", 0.001)
+        assert recipe.schedule.warmup_epochs == recipe.darts.warmup_epochs == 0
+        alpha = recipe.darts
+        assert (alpha.alpha_lr, alpha.alpha_betas, alpha.alpha_weight_decay) == (3e-4, (0.5, 0.999), 1e-3)
+        assert (alpha.order, alpha.gradient_clip, alpha.label_smoothing) == ("second", 5, 0)
+        assert (recipe.space.channels, recipe.space.cells, recipe.space.nodes, recipe.space.concat) == (16, 8, 4, None)
+        assert recipe.space.operations == PAPER_OPERATIONS
+        # Half of the images that are not reported on.
+        fractions = (recipe.data.architecture_fraction, recipe.data.validation_fraction)
+        assert fractions == (0.49, 0.02)
+        assert 1 - sum(fractions) == pytest.approx(recipe.data.architecture_fraction)
+        varied = recipe.data.augmentation
+        assert (varied.crop_padding, varied.hflip, varied.color_jitter, varied.cutout) == (4, 0.5, 0, None)
+
+    def test_training_on_cifar10(self) -> None:
+        recipe = shipped("retrain_darts_cifar10", RetrainRecipe)
+        assert (recipe.epochs, recipe.data.batch_size, recipe.data.name) == (600, 96, "cifar10")
+        weights = recipe.optimizer
+        assert (weights.name, weights.lr, weights.momentum, weights.weight_decay) == ("momentum", 0.025, 0.9, 3e-4)
+        assert not weights.filter_bias_and_bn
+        assert (recipe.schedule.name, recipe.schedule.interval, recipe.schedule.min_lr) == ("cosine", "epoch", 0)
+        assert (recipe.gradient_clip, recipe.auxiliary_weight, recipe.drop_path_rate) == (5, 0.4, 0.2)
+        assert recipe.label_smoothing == recipe.drop_rate == 0
+        varied = recipe.data.augmentation
+        assert (varied.crop_padding, varied.hflip, varied.color_jitter, varied.cutout) == (4, 0.5, 0, 16)
+        assert recipe.darts.model_dump() == {"channels": 36, "cells": 20, "stem": "cifar", "auxiliary": True}
+
+    def test_training_on_imagenet(self) -> None:
+        recipe = shipped("retrain_darts_imagenet", RetrainRecipe)
+        assert (recipe.epochs, recipe.data.batch_size, recipe.data.name) == (250, 128, "imagenet")
+        assert recipe.data.folder == Path("data/imagenet")
+        weights = recipe.optimizer
+        assert (weights.name, weights.lr, weights.momentum, weights.weight_decay) == ("momentum", 0.1, 0.9, 3e-5)
+        schedule = recipe.schedule
+        assert (schedule.name, schedule.interval, schedule.decay_rate) == ("exponential", "epoch", 0.97)
+        assert (recipe.gradient_clip, recipe.auxiliary_weight, recipe.label_smoothing) == (5, 0.4, 0.1)
+        assert recipe.drop_path_rate == 0
+        assert recipe.darts.model_dump() == {"channels": 48, "cells": 14, "stem": "imagenet", "auxiliary": True}
+
+    @pytest.mark.parametrize("file", [f for f in SHIPPED if f.name.startswith("darts_")], ids=lambda file: file.name)
+    def test_spaces_can_be_built(self, file: Path) -> None:
+        import torch
+
+        from search_spaces.darts import DartsSpace
+
+        recipe = load_recipe(DartsRecipe, file, {})
+        with torch.device("meta"):
+            space = DartsSpace(10, **recipe.space.model_dump())
+            sizes = [len(cell.edges) for cell in space.cells]
+        nodes = recipe.space.nodes
+        assert sizes == [sum(range(2, 2 + nodes))] * recipe.space.cells
+        assert space.stem[0].weight.shape == (3 * recipe.space.channels, 3, 3, 3)
+        assert space.classifier.in_features == 4 * recipe.space.channels * nodes
+        if file.stem == "darts_cifar10":
+            parameters = sum(parameter.numel() for parameter in space.parameters())
+            assert round(parameters / 1e6, 2) == 1.93  # what the published search prints
+
+    @pytest.mark.parametrize(
+        ("name", "resolution", "classes", "millions"),
+        [("retrain_darts_cifar10", 32, 10, 3.35), ("retrain_darts_imagenet", 224, 1000, 4.72)],
+    )
+    def test_trained_networks_are_of_the_published_size(
+        self, name: str, resolution: int, classes: int, millions: float
+    ) -> None:
+        import torch
+
+        from nni_cream.child import build_network
+        from nni_cream.genotype import PUBLISHED_GENOTYPES
+
+        recipe = shipped(name, RetrainRecipe)
+        assert recipe.data.resolution == resolution
+        size = {"kind": "trained", **recipe.darts.model_dump()}
+        with torch.device("meta"):
+            network = build_network(str(PUBLISHED_GENOTYPES["darts_v2"]), classes, size)
+            logits, auxiliary = network.train()(torch.empty(2, 3, resolution, resolution))
+        assert logits.shape == auxiliary.shape == (2, classes)
+        tested = sum(p.numel() for name, p in network.named_parameters() if "auxiliary" not in name)
+        assert round(tested / 1e6, 2) == millions
+
+    def test_training_of_what_was_found_on_mnist_has_a_network(self) -> None:
+        import torch
+
+        from nni_cream.child import build_network
+        from nni_cream.genotype import PUBLISHED_GENOTYPES
+
+        recipe = shipped("retrain_darts_mnist5k", RetrainRecipe)
+        size = {"kind": "trained", **recipe.darts.model_dump()}
+        with torch.device("meta"):
+            network = build_network(str(PUBLISHED_GENOTYPES["darts_v1"]), 10, size)
+            resolution = recipe.data.resolution or 32
+            assert network.train()(torch.empty(2, 3, resolution, resolution)).shape == (2, 10)
 
 
 def _overlaid(below: Any, above: Any) -> Any:
@@ -215,7 +327,7 @@ class TestWrongValues:
             ({"name": ""}, "'name' is '', but should match"),
             ({"name": "a\n"}, "'name' is 'a\\n', but should match"),
             ({"cream": {"teacher": "x"}}, "'cream.teacher' is 'x', but should be 'matching', 'top1' or 'none'."),
-            ({"schedule": {"name": "x"}}, "'schedule.name' is 'x', but should be 'linear', 'cosine' or 'constant'."),
+            ({"schedule": {"name": "x"}}, "'schedule.name' is 'x', but should be 'linear', 'cosine', 'exponential' or"),
             ({"space": {"resunit": "basic"}}, "'space.resunit' is 'basic', but should be a list."),
             ({"space": {"resunit": True}}, "space.resunit: true is not a value for this setting."),
             (
@@ -258,6 +370,173 @@ class TestWrongValues:
     )
     def test_at_the_limit_are_taken(self, tmp_path: Path, settings: dict[str, Any]) -> None:
         load_recipe(CreamRecipe, write(tmp_path, SMALLEST | settings), {})
+
+
+class TestDarts:
+    @pytest.mark.parametrize(
+        ("settings", "expected"),
+        [
+            (
+                {"darts": {"warmup_epochs": 30}},
+                "darts.warmup_epochs is 30, but α learns after it and epochs is 30: make",
+            ),
+            ({"schedule": {"warmup_epochs": 30}}, "schedule.warmup_epochs is 30"),
+            (
+                {"optimizer": {"name": "adam"}},
+                "optimizer.name is 'adam', but darts.order: second unrolls a step of sgd",
+            ),
+            ({"optimizer": {"name": "lookahead_sgd"}}, "optimizer.name is 'lookahead_sgd', but darts.order: second"),
+            (
+                {"device": {"precision": "16-mixed"}},
+                "device.precision is 16-mixed, but a DARTS search runs in 32-true or",
+            ),
+            ({"device": {"devices": 2}}, "device.devices is 2, but a DARTS search runs on one device."),
+            ({"space": {"concat": 5}}, "space.concat is 5, but a cell has space.nodes = 4."),
+            ({"space": {"concat": 3, "nodes": 2}}, "space.concat is 3, but a cell has space.nodes = 2."),
+            ({"space": {"concat": 0}}, "'space.concat' is 0, but should be greater than 0."),
+            ({"space": {"channels": 3}}, "'space.channels' is 3, but should be a multiple of 2."),
+            ({"space": {"channels": 0}}, "'space.channels' is 0, but should be greater than or equal to 2."),
+            ({"space": {"cells": 2}}, "'space.cells' is 2, but should be greater than or equal to 3."),
+            ({"space": {"nodes": 0}}, "'space.nodes' is 0"),
+            ({"space": {"operations": "none"}}, "'space.operations' is 'none', but should be a list."),
+            ({"space": {"operations": [1]}}, "'space.operations[0]' is 1, but should be a valid string."),
+            (
+                {"data": {"resolution": 30}},
+                "data.resolution is 30, but the two reduction cells halve it twice: make it a",
+            ),
+            ({"data": {"resolution": None}}, "'data.resolution' is None, but should be"),
+            ({"darts": {"order": "third"}}, "'darts.order' is 'third', but should be 'first' or 'second'."),
+            ({"darts": {"order": 2}}, "'darts.order' is 2, but should be 'first' or 'second'."),
+            ({"darts": {"hypergradient": "x"}}, "'darts.hypergradient' is 'x', but should be 'exact' or 'finite_diff"),
+            ({"darts": {"eigenvalue": "x"}}, "'darts.eigenvalue' is 'x', but should be 'off', 'track', 'stop' or"),
+            ({"darts": {"eigenvalue": True}}, "darts.eigenvalue: true is not a value for this setting."),
+            ({"darts": {"radius": 0}}, "'darts.radius' is 0, but should be greater than 0."),
+            ({"darts": {"warmup_epochs": -1}}, "'darts.warmup_epochs' is -1"),
+            ({"darts": {"alpha_lr": -0.1}}, "'darts.alpha_lr' is -0.1, but should be greater than 0."),
+            ({"darts": {"alpha_betas": [0.5]}}, "'darts.alpha_betas[1]' is missing."),
+            ({"darts": {"alpha_betas": [0.5, 1]}}, "'darts.alpha_betas[1]' is 1, but should be less than 1."),
+            ({"darts": {"alpha_betas": 0.5}}, "'darts.alpha_betas' is 0.5, but should be a list."),
+            ({"darts": {"alpha_weight_decay": -1}}, "'darts.alpha_weight_decay' is -1"),
+            ({"darts": {"gradient_clip": 0}}, "'darts.gradient_clip' is 0, but should be greater than 0."),
+            ({"darts": {"label_smoothing": 1}}, "'darts.label_smoothing' is 1, but should be less than 1."),
+            ({"darts": {"stop_above_skips": -1}}, "'darts.stop_above_skips' is -1"),
+            ({"darts": {"skip_limit": 1.5}}, "'darts.skip_limit' is 1.5, but should be a valid integer"),
+            ({"darts": {"flops_target": 0}}, "'darts.flops_target' is 0, but should be greater than 0."),
+            ({"darts": {"flops_target": float("inf")}}, "'darts.flops_target' is inf, but should be a finite number."),
+            ({"darts": {"flops_weight": -2}}, "'darts.flops_weight' is -2"),
+            ({"darts": {"arch_lr": 1}}, "'darts.arch_lr' is not a setting; did you mean 'darts.alpha_lr'?"),
+            ({"space": {"layers": 8}}, "'space.layers' is not a setting; did you mean 'space."),
+            ({"cream": {}}, "'cream' is not a setting; did you mean"),
+            ({"flops": {"min": 1, "max": 2}}, "'flops' is not a setting; did you mean 'darts.flops_"),
+            # What other recipes have as well.
+            ({"schedule": {"interval": "batch"}}, "'schedule.interval' is 'batch', but should be 'step' or 'epoch'."),
+            ({"schedule": {"decay_rate": 0}}, "'schedule.decay_rate' is 0, but should be greater than 0."),
+            ({"schedule": {"decay_rate": 1.1}}, "'schedule.decay_rate' is 1.1, but should be less than or equal to 1."),
+            (
+                {"optimizer": {"filter_bias_and_bn": "maybe"}},
+                "'optimizer.filter_bias_and_bn' is 'maybe', but should be",
+            ),
+            (
+                {"data": {"augmentation": {"cutout": 0}}},
+                "'data.augmentation.cutout' is 0, but should be greater than 0.",
+            ),
+            ({"data": {"augmentation": {"crop_padding": -4}}}, "'data.augmentation.crop_padding' is -4"),
+            ({"data": {"augmentation": {"crop_padding": True}}}, "data.augmentation.crop_padding: true is not a value"),
+        ],
+        ids=str,
+    )
+    def test_what_cannot_be_is_refused_in_a_sentence(
+        self, tmp_path: Path, settings: dict[str, Any], expected: str
+    ) -> None:
+        file = write(tmp_path, DARTS | settings)
+        message = refusal(file, kind=DartsRecipe)
+        assert message.startswith(f"{file}: ")
+        assert expected in message
+
+    @pytest.mark.parametrize(
+        "settings",
+        [
+            {"darts": {"warmup_epochs": 29}},
+            {"darts": {"order": "first"}, "optimizer": {"name": "adam"}},
+            *({"optimizer": {"name": name}} for name in ("sgd", "momentum", "nesterov", "SGD")),
+            {"device": {"precision": "bf16-mixed"}},
+            {"space": {"concat": 4, "channels": 2, "cells": 3}},
+            {"data": {"resolution": 36}},
+            {"darts": {"gradient_clip": None, "flops_target": None, "skip_limit": 0, "stop_above_skips": 0}},
+            {"darts": {"eigenvalue": "off"}},
+        ],
+        ids=str,
+    )
+    def test_what_is_at_the_limit_is_taken(self, tmp_path: Path, settings: dict[str, Any]) -> None:
+        load_recipe(DartsRecipe, write(tmp_path, DARTS | settings), {})
+
+    def test_a_word_that_yaml_reads_as_false_is_a_word(self, tmp_path: Path) -> None:
+        (tmp_path / "r.yml").write_text("name: a\nepochs: 1\ndarts: {eigenvalue: off}\n")
+        assert load_recipe(DartsRecipe, tmp_path / "r.yml", {}).darts.eigenvalue == "off"
+        overrides = dict([parse_override("darts.eigenvalue=off")])
+        assert overrides == {"darts.eigenvalue": False}
+        recipe = load_recipe(DartsRecipe, write(tmp_path, {**DARTS, "darts": {"eigenvalue": "track"}}), overrides)
+        assert recipe.darts.eigenvalue == "off"
+
+    def test_the_optimizers_that_are_unrolled_are_torchs_sgd(self) -> None:
+        import timm.optim
+        import torch
+        from torch import nn
+
+        for name in timm.optim.list_optimizers():
+            try:
+                DartsRecipe.model_validate({**DARTS, "optimizer": {"name": name}})
+            except ValueError:
+                continue
+            built = timm.optim.create_optimizer_v2(nn.Linear(1, 1), **Optimizer(name=name).timm_arguments())
+            assert type(built) is torch.optim.SGD
+            assert built.defaults["nesterov"] == (name != "momentum")
+
+    def test_no_setting_is_unknown_to_the_strategy_or_the_space(self) -> None:
+        import inspect
+
+        import torch
+
+        from nni_cream.models.darts import DartsNetwork
+        from nni_cream.strategies.darts import DartsStrategy
+        from search_spaces.darts import DartsSpace
+
+        recipe = DartsRecipe.model_validate(DARTS)
+
+        def defaults(kind: type) -> dict[str, Any]:
+            return {name: parameter.default for name, parameter in inspect.signature(kind).parameters.items()}
+
+        # NNI wraps it in a class that takes anything.
+        strategy, network = defaults(DartsStrategy.__wrapped__), defaults(DartsNetwork)
+        for name, value in recipe.darts.model_dump().items():
+            assert strategy[name] == value, name
+        assert set(strategy) - set(recipe.darts.model_dump()) == {"reporting_dataloader", "mutation_hooks"}
+        with torch.device("meta"):
+            ours, theirs = DartsSpace(10, **recipe.space.model_dump()), DartsSpace(10)
+        assert [(n, p.shape) for n, p in ours.named_parameters()] == [
+            (n, p.shape) for n, p in theirs.named_parameters()
+        ]
+        assert (ours.operations, ours.concat) == (theirs.operations, theirs.concat)
+        assert set(DartsNetworkSettings.model_fields) < set(network)
+
+    @pytest.mark.parametrize(
+        ("settings", "expected"),
+        [
+            ({"darts": {"cells": 2}}, "'darts.cells' is 2, but should be greater than or equal to 3."),
+            ({"darts": {"channels": 5}}, "'darts.channels' is 5, but should be a multiple of 2."),
+            ({"darts": {"stem": "mnist"}}, "'darts.stem' is 'mnist', but should be 'cifar' or 'imagenet'."),
+            ({"darts": {"order": "first"}}, "'darts.order' is not a setting; did you mean 'darts."),
+            ({"gradient_clip": 0}, "'gradient_clip' is 0, but should be greater than 0."),
+            ({"auxiliary_weight": -0.4}, "'auxiliary_weight' is -0.4"),
+            ({"drop_path_rate": 1}, "'drop_path_rate' is 1, but should be less than 1."),
+            ({"drop_path_rate": -0.1}, "'drop_path_rate' is -0.1"),
+        ],
+        ids=str,
+    )
+    def test_a_training_that_cannot_be_is_refused(
+        self, tmp_path: Path, settings: dict[str, Any], expected: str
+    ) -> None:
+        assert expected in refusal(write(tmp_path, DARTS | settings), kind=RetrainRecipe)
 
 
 class TestNesterov:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from nni_cream.architecture import CreamPath
-from nni_cream.child import Child
+from nni_cream.child import Child, build_network
 from nni_cream.cost import Cost, measure, measure_network, measure_space
 from nni_cream.data import Augmentation, DataSplits, Fractions, LabelledImages, load_data
 from nni_cream.errors import UserError
@@ -161,9 +161,16 @@ class TestWhatASearchIsGiven:
     def test_optimizer_schedule_and_length(self, tmp_path: Path) -> None:
         _, strategy = search(tmp_path)
         module = strategy.evaluator.module
-        assert module.optimizer_arguments == {"opt": "adam", "lr": 0.02, "momentum": 0.8, "weight_decay": 0.003}
+        assert module.optimizer_arguments == {
+            "opt": "adam",
+            "lr": 0.02,
+            "momentum": 0.8,
+            "weight_decay": 0.003,
+            "filter_bias_and_bn": True,
+        }
         assert module.schedule_arguments == {
             "sched": "cosine",
+            "step_on_epochs": False,
             "warmup_epochs": 2,
             "warmup_lr": 1e-5,
             "min_lr": 1e-4,
@@ -233,7 +240,7 @@ class TestWhatASearchEndsWith:
         child, _ = search(tmp_path)
         data = Data.model_validate(RECIPE["data"]).model_dump(mode="json")
         assert child == Child(
-            path=CreamPath(self.BEST),
+            architecture=CreamPath(self.BEST),
             num_classes=10,
             accuracy=0.9,
             flops=300,
@@ -247,7 +254,8 @@ class TestWhatASearchEndsWith:
     def test_one_that_skips_otherwise_stands_for_both_where_it_is_the_better(self, tmp_path: Path) -> None:
         Stub.ranking[:4] = [Stub.ranking[place] for place in (2, 3, 0, 1)]
         child, _ = search(tmp_path)
-        assert (child.path.stages, child.accuracy, child.flops) == (self.BEST, 0.75, 301)
+        assert isinstance(child.architecture, CreamPath)
+        assert (child.architecture.stages, child.accuracy, child.flops) == (self.BEST, 0.75, 301)
         assert [(other["accuracy"], other["flops"]) for other in child.runners_up] == [
             (0.7, 501),
             (0.6, 200),
@@ -257,7 +265,7 @@ class TestWhatASearchEndsWith:
     def test_calibrated_weights_of_the_best(self, tmp_path: Path) -> None:
         child, _ = search(tmp_path)
         weights = load_file(tmp_path / "child.safetensors")
-        expected = child.build().state_dict()
+        expected = build_network(str(child.architecture), 10, {}).state_dict()
         assert {name: tensor.shape for name, tensor in weights.items()} == {n: t.shape for n, t in expected.items()}
         assert not any(tensor.any() for tensor in weights.values())
 

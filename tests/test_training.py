@@ -15,10 +15,14 @@ import torch
 import torch.nn.functional as F
 from nni.runtime import trial_command_channel
 from nni.runtime.trial_command_channel import ParameterRecord, TrialCommandChannel
+from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, ExponentialLR, LinearLR, LRScheduler
 from torch.utils.data import DataLoader, TensorDataset
 
 from nni_cream.errors import UserError
+from nni_cream.genotype import Genotype
+from nni_cream.models.darts import DartsOutput, build_darts
 from nni_cream.recipe import Optimizer, Schedule
 from nni_cream.training import ImageClassifier
 
@@ -83,6 +87,10 @@ def images(seed: int) -> TensorDataset:
 TRAINING, VALIDATION = images(0), images(1)
 
 
+def small_network() -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Flatten(), nn.Linear(24, CLASSES))
+
+
 def fit(
     tmp_path: Path,
     schedule: Schedule,
@@ -90,17 +98,19 @@ def fit(
     epochs: int = 2,
     stop_after: int | None = None,
     checkpoint: Path | None = None,
+    network: nn.Module | None = None,
+    optimizer: dict[str, Any] | None = None,
+    **arguments: Any,
 ) -> Run:
     torch.manual_seed(3)
     module = ImageClassifier(
         CLASSES,
-        Optimizer(name="sgd", lr=0.1, weight_decay=0.01).timm_arguments(),
+        Optimizer(**{"name": "sgd", "lr": 0.1, "weight_decay": 0.01, **(optimizer or {})}).timm_arguments(),
         schedule.timm_arguments(),
         label_smoothing=0.2,
+        **arguments,
     )
-    module.set_model(
-        nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Flatten(), nn.Linear(24, CLASSES))
-    )
+    module.set_model(small_network() if network is None else network)
     before = copy.deepcopy(module.model)
     recorder = Recorder()
     callbacks: list[pl.Callback] = [recorder]
@@ -169,6 +179,52 @@ class TestLearningRate:
         wanted = [expected(t) for t in range(epochs * STEPS + 1)]
         assert [max(groups) for groups in rates] == pytest.approx(wanted, abs=1e-12)
 
+    @pytest.mark.parametrize(
+        ("schedule", "published"),
+        [
+            (Schedule(name="cosine", interval="epoch"), lambda o: CosineAnnealingLR(o, 4)),
+            (Schedule(name="cosine", interval="epoch", min_lr=0.02), lambda o: CosineAnnealingLR(o, 4, eta_min=0.02)),
+            (Schedule(name="exponential", interval="epoch"), lambda o: ExponentialLR(o, 0.97)),
+            # By a factor an epoch, however often that is looked up.
+            (Schedule(name="exponential", interval="step", decay_rate=0.5), lambda o: ExponentialLR(o, 0.5)),
+            (
+                Schedule(name="linear", interval="epoch", min_lr=0.02),
+                lambda o: LinearLR(o, start_factor=1.0, end_factor=0.2, total_iters=4),
+            ),
+            (Schedule(name="constant", interval="epoch"), lambda o: ConstantLR(o, factor=1.0)),
+        ],
+        ids=str,
+    )
+    def test_by_epochs_is_what_torch_has(
+        self, tmp_path: Path, schedule: Schedule, published: Callable[[torch.optim.Optimizer], LRScheduler]
+    ) -> None:
+        torchs = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
+        scheduler = published(torchs)
+        wanted = []
+        for _ in range(4):
+            wanted += [scheduler.get_last_lr()[0]] * STEPS
+            torchs.step()
+            scheduler.step()
+        wanted += scheduler.get_last_lr()  # what would come after the last
+        rates = fit(tmp_path, schedule, epochs=4).recorder.rates
+        assert all(len(groups) == 1 for groups in rates)
+        assert [max(groups) for groups in rates] == pytest.approx(wanted, abs=1e-12)
+
+    def test_by_epochs_warms_up_as_well(self, tmp_path: Path) -> None:
+        schedule = Schedule(name="cosine", interval="epoch", warmup_epochs=2, warmup_lr=0.01)
+        rates = [max(groups) for groups in fit(tmp_path, schedule, epochs=4).recorder.rates]
+        wanted = [0.01, 0.055, *(0.05 * (1 + math.cos(math.pi * e / 4)) for e in (2, 3, 4))]
+        assert rates == pytest.approx([rate for rate in wanted[:4] for _ in range(STEPS)] + wanted[4:], abs=1e-12)
+
+    def test_by_epochs_goes_on_where_it_was_after_an_interruption(self, tmp_path: Path) -> None:
+        schedule = Schedule(name="cosine", interval="epoch", min_lr=0.02)
+        whole = fit(tmp_path, schedule, epochs=3)
+        first = fit(tmp_path, schedule, epochs=3, stop_after=2)
+        first.trainer.save_checkpoint(tmp_path / "last.ckpt")
+        second = fit(tmp_path, schedule, epochs=3, checkpoint=tmp_path / "last.ckpt")
+        assert first.recorder.rates[:-1] + second.recorder.rates == whole.recorder.rates
+        assert first.reports + second.reports == whole.reports
+
     def test_goes_on_where_it_was_after_an_interruption(self, tmp_path: Path, finished: Run) -> None:
         first = fit(tmp_path, Schedule(name="linear"), stop_after=1)
         assert len(first.reports) == 1
@@ -191,6 +247,85 @@ class TestOptimizer:
         found = {name: decay[id(parameter)] for name, parameter in finished.module.model.named_parameters()}
         assert found == {"0.weight": 0.01, "0.bias": 0, "1.weight": 0, "1.bias": 0, "4.weight": 0.01, "4.bias": 0}
         assert len(decay) == len(found)
+
+    def test_without_the_filter_decays_everything(self, tmp_path: Path) -> None:
+        run = fit(tmp_path, Schedule(), optimizer={"filter_bias_and_bn": False}, epochs=1)
+        (group,) = run.trainer.optimizers[0].param_groups
+        assert group["weight_decay"] == 0.01
+        assert len(group["params"]) == len(list(run.module.model.parameters())) == 6
+
+    @pytest.mark.parametrize("filtered", [True, False])
+    def test_a_step_without_a_gradient_shrinks_what_decays(self, filtered: bool) -> None:
+        torch.manual_seed(0)
+        network = small_network()
+        for parameter in network.parameters():
+            nn.init.normal_(parameter)
+            parameter.grad = torch.zeros_like(parameter)
+        before = {name: parameter.detach().clone() for name, parameter in network.named_parameters()}
+        settings = Optimizer(name="momentum", lr=0.5, weight_decay=0.1, filter_bias_and_bn=filtered)
+        create_optimizer_v2(network, **settings.timm_arguments()).step()
+        for name, parameter in network.named_parameters():
+            kept = filtered and (name.endswith("bias") or name.startswith("1."))
+            wanted = before[name] * (1.0 if kept else 1 - 0.5 * 0.1)
+            assert torch.allclose(parameter, wanted, rtol=1e-6), name
+
+
+class TwoHeads(nn.Module):
+    """As a network with an auxiliary head: in training it gives the logits of both."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = small_network()
+        self.auxiliary = nn.Linear(48, CLASSES)
+        self.rates: list[float] = []
+
+    def forward(self, images: Tensor) -> Any:
+        logits = self.body(images)
+        return DartsOutput(logits, self.auxiliary(images.flatten(1))) if self.training else logits
+
+    def set_drop_path_rate(self, rate: float) -> None:
+        self.rates.append(rate)
+
+
+class TestAuxiliaryHead:
+    @pytest.mark.parametrize("weight", [0.0, 0.4, 2.0])
+    def test_its_loss_is_added_with_its_weight(self, tmp_path: Path, weight: float) -> None:
+        run = fit(tmp_path, Schedule(), network=TwoHeads(), epochs=1, auxiliary_weight=weight)
+        inputs, targets = (tensor[:BATCH] for tensor in TRAINING.tensors)
+        wanted = F.one_hot(targets, CLASSES) * 0.8 + 0.2 / CLASSES
+        losses = [-(wanted * logits.log_softmax(1)).sum(1).mean().item() for logits in run.before.train()(inputs)]
+        assert run.recorder.losses[0] == pytest.approx(losses[0] + weight * losses[1], rel=1e-5)
+        moved = not torch.equal(run.module.model.auxiliary.bias, run.before.auxiliary.bias)
+        assert moved == (weight > 0)
+
+    def test_does_not_take_part_in_what_is_measured(self, tmp_path: Path) -> None:
+        run = fit(tmp_path, Schedule(), network=TwoHeads(), epochs=1, auxiliary_weight=0.4)
+        with torch.no_grad():
+            logits = run.module.model.body.eval()(VALIDATION.tensors[0])
+        right = (logits.argmax(1) == VALIDATION.tensors[1]).double().mean().item()
+        assert run.reports[-1]["val_accuracy"] == pytest.approx(right, rel=1e-6)
+
+
+class TestDropPath:
+    def test_rises_by_the_epoch(self, tmp_path: Path) -> None:
+        run = fit(tmp_path, Schedule(), network=TwoHeads(), epochs=4, drop_path_rate=0.2)
+        assert run.module.model.rates == pytest.approx([0.0, 0.05, 0.1, 0.15], abs=1e-12)
+
+    def test_goes_on_where_it_was_after_an_interruption(self, tmp_path: Path) -> None:
+        first = fit(tmp_path, Schedule(), network=TwoHeads(), epochs=4, drop_path_rate=0.2, stop_after=2)
+        first.trainer.save_checkpoint(tmp_path / "last.ckpt")
+        checkpoint = tmp_path / "last.ckpt"
+        second = fit(tmp_path, Schedule(), network=TwoHeads(), epochs=4, drop_path_rate=0.2, checkpoint=checkpoint)
+        assert second.module.model.rates == pytest.approx([0.1, 0.15], abs=1e-12)
+
+    def test_of_a_darts_network_reaches_every_edge(self, tmp_path: Path) -> None:
+        edges = (("sep_conv_3x3", 0), ("skip_connect", 1))
+        genotype = Genotype(normal=edges, normal_concat=(2,), reduce=edges, reduce_concat=(2,))
+        network = build_darts(genotype, num_classes=CLASSES, channels=2, cells=3, stem="cifar", drop_path_rate=0.9)
+        fit(tmp_path, Schedule(), network=network, epochs=2, drop_path_rate=0.5)
+        rates = [module.drop_prob for module in network.modules() if hasattr(module, "drop_prob")]
+        assert rates
+        assert set(rates) == {0.25}  # of the second epoch of two
 
 
 class TestLoss:

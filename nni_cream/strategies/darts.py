@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import nni
+import torch
 from nni.nas.evaluator.pytorch import Lightning, LightningModule
 from nni.nas.execution import SequentialExecutionEngine
 from nni.nas.nn.pytorch import ModelSpace
@@ -63,9 +64,9 @@ class DartsStrategy(OneShotStrategy):
         stop_above_skips: end the search when the normal cell keeps more skip connections than this, with α as it was
             one epoch before; None for no such end.
         skip_limit: keep at most so many skip connections in the normal cell when it is exported; None for no limit.
-        eigenvalue: the dominant eigenvalue of the validation Hessian in α is not computed (``"off"``); reported after
-            every epoch (``"track"``); or, when it rises sharply, ends the search with α as it is (``"stop"``) or as it
-            was five epochs before (``"rollback"``).
+        eigenvalue: the dominant eigenvalue of the validation Hessian in α, on the last batch that α has learnt from,
+            is not computed (``"off"``); reported after every epoch (``"track"``); or, when it rises sharply, ends the
+            search with α as it is (``"stop"``) or as it was five epochs before (``"rollback"``).
         flops_target: multiply-accumulates for one image that the child should not exceed, at the size of the space;
             None if it does not matter.
         flops_weight: of the term ``flops_weight · max(0, E[MACs] / flops_target − 1)`` that is then added to the
@@ -153,7 +154,9 @@ class DartsStrategy(OneShotStrategy):
         if not isinstance(space, ModelSpace) or not space.simplify():
             raise UserError("DartsStrategy needs a model space with choices: there is none in this one.")
         if self.settings.flops_target is not None:
-            images, _ = next(iter(loader))
+            # A loader draws a random number when it starts, and the same search without a target does not.
+            with torch.random.fork_rng(()):
+                images, _ = next(iter(loader))
             self._priced = space, measure_space(space, tuple(images.shape[1:]))
         return super()._initialize(model_space, engine)
 

@@ -101,6 +101,7 @@ class DartsLightningModule(BaseOneShotLightningModule):
         self._alpha_names = [f"alphas.{name}" for name, _ in alphas.named_parameters()]
         self._weight_names: list[str] = []
         self._weights: list[Tensor] = []
+        self._last_for_alpha: Batch | None = None
         self._train_loss = MeanMetric()
         self._train_accuracy = MeanMetric()
         self._alpha_loss = MeanMetric()
@@ -170,6 +171,7 @@ class DartsLightningModule(BaseOneShotLightningModule):
         # Not through Lightning, whose loss scaling (16-mixed) knows nothing of this gradient.
         optimizer.optimizer.step()
         optimizer.optimizer.zero_grad()
+        self._last_for_alpha = validation
         self._alpha_loss.update(result.valid_loss)
         self.log("alpha_loss", result.valid_loss)
 
@@ -257,8 +259,8 @@ class DartsLightningModule(BaseOneShotLightningModule):
             metrics["alpha_loss"] = self._alpha_loss.compute().item()
         metrics |= self._describe_alphas()
         eigenvalue = None
-        if learning and self.settings.eigenvalue != "off":
-            metrics["eigenvalue"] = eigenvalue = self._dominant_eigenvalue()
+        if learning and self.settings.eigenvalue != "off" and self._last_for_alpha is not None:
+            metrics["eigenvalue"] = eigenvalue = self._dominant_eigenvalue(self._last_for_alpha)
         self.log_dict({name: float(value) for name, value in metrics.items() if name != "train_loss"})
         if self.trainer.is_global_zero:
             nni.report_intermediate_result({"default": accuracy, "epoch": self.trainer.current_epoch + 1, **metrics})
@@ -289,14 +291,9 @@ class DartsLightningModule(BaseOneShotLightningModule):
                 found.setdefault(module.kind, module)
         return found
 
-    def _dominant_eigenvalue(self) -> float:
-        batch = self._moved(next(iter(self.trainer.val_dataloaders)))
+    def _dominant_eigenvalue(self, batch: Batch) -> float:
         loss = self.pure_loss(batch)
         return dominant_eigenvalue(lambda alphas: loss(self._weights, alphas), list(self.alphas.parameters()))
-
-    def _moved(self, batch: Batch) -> Batch:
-        images, targets = batch
-        return images.to(self.device), targets.to(self.device)
 
     # The end.
 
@@ -313,13 +310,12 @@ class DartsLightningModule(BaseOneShotLightningModule):
 
     def _end(self, why: str, back: int) -> None:
         """End the search with α as it was ``back`` epochs ago."""
-        learning = self.epochs[self.settings.warmup_epochs :]
-        chosen = learning[max(0, len(learning) - 1 - back)]
-        number = self.epochs.index(chosen) + 1
+        position = max(self.settings.warmup_epochs, len(self.epochs) - 1 - back)
+        chosen = self.epochs[position]
         with torch.no_grad():
             for table, value in zip(self.alphas.parameters(), chosen.alphas, strict=True):
                 table.copy_(value)
-        self.ended_because = f"{why}; the result is that of epoch {number}"
+        self.ended_because = f"{why}; the result is that of epoch {position + 1}"
         self.epochs.append(chosen)
         self.trainer.should_stop = True
 

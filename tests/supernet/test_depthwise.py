@@ -1,0 +1,220 @@
+from __future__ import annotations
+
+import copy
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import torch.autograd.forward_ad as forward_ad
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd import gradcheck, gradgradcheck
+
+from nni_cream.models.darts_operations import build_operation
+from nni_cream.supernet.depthwise import DepthwiseConv2d, with_explicit_derivatives
+
+
+class Case(NamedTuple):
+    kernel: int
+    stride: int
+    padding: int
+    dilation: int
+    size: tuple[int, int]
+
+
+CASES = [
+    # Those of DARTS, on even and odd sizes.
+    *(
+        Case(kernel, stride, dilation * (kernel // 2), dilation, size)
+        for kernel in (3, 5)
+        for stride in (1, 2)
+        for dilation in (1, 2)
+        for size in ((8, 8), (7, 10))
+    ),
+    Case(7, 1, 3, 1, (8, 9)),
+    Case(7, 2, 3, 1, (8, 9)),
+    # More padding than the kernel reaches, none at all, strides that leave pixels over, larger strides and dilations.
+    Case(5, 1, 5, 1, (6, 5)),
+    Case(5, 1, 0, 1, (6, 8)),
+    Case(5, 3, 1, 1, (12, 10)),
+    Case(3, 4, 0, 3, (13, 14)),
+    Case(3, 3, 4, 2, (9, 8)),
+    Case(1, 2, 0, 1, (5, 6)),
+    Case(2, 2, 0, 1, (7, 6)),
+]
+
+
+def layers(case: Case, channels: int = 3) -> tuple[DepthwiseConv2d, nn.Conv2d]:
+    """One of ours and one of torch, with the same weight."""
+    torch.manual_seed(0)
+    ours = DepthwiseConv2d(channels, case.kernel, case.stride, case.padding, case.dilation).double()
+    theirs = nn.Conv2d(
+        channels, channels, case.kernel, case.stride, case.padding, case.dilation, groups=channels, bias=False
+    ).double()
+    theirs.load_state_dict(ours.state_dict())
+    return ours, theirs
+
+
+def images(case: Case, channels: int = 3, number: int = 2, seed: int = 1) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(number, channels, *case.size, dtype=torch.float64, generator=generator)
+
+
+def second_order(layer: nn.Conv2d, features: Tensor) -> list[Tensor]:
+    """Value, gradients, and the gradients of a function of the gradients."""
+    features = features.clone().requires_grad_()
+    output = layer(features)
+    first = torch.autograd.grad((output**3).sum(), [features, layer.weight], create_graph=True)
+    second = torch.autograd.grad(sum((g.sin()).sum() for g in first), [features, layer.weight])
+    return [output, *first, *second]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+class TestDerivatives:
+    def test_torch(self, case: Case) -> None:
+        ours, theirs = layers(case)
+        for a, b in zip(*(second_order(layer, images(case)) for layer in (ours, theirs)), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+    def test_numbers(self, case: Case) -> None:
+        case = case._replace(size=(case.size[0] - 1, case.size[1] - 2)) if case.padding else case
+        ours, _ = layers(case, channels=2)
+        features = images(case, channels=2, number=1).requires_grad_()
+
+        def apply(features: Tensor, weight: Tensor) -> Tensor:
+            ours.weight.requires_grad_(False)
+            output: Tensor = torch.func.functional_call(ours, {"weight": weight}, (features,))
+            return output
+
+        weight = ours.weight.detach().clone().requires_grad_()
+        assert gradcheck(apply, (features, weight), check_forward_ad=True, fast_mode=True)
+        assert gradgradcheck(apply, (features, weight), check_fwd_over_rev=True, fast_mode=True)
+
+
+LARGE = Case(5, 2, 4, 2, (7, 8))
+
+
+class TestModes:
+    def test_channels_last(self) -> None:
+        for case in (LARGE, LARGE._replace(stride=1), Case(3, 1, 1, 1, (6, 6))):
+            ours, theirs = layers(case)
+            ours, theirs = ours.to(memory_format=torch.channels_last), theirs
+            given = images(case).to(memory_format=torch.channels_last)
+            for a, b in zip(second_order(ours, given), second_order(theirs, images(case)), strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+    @pytest.mark.parametrize("needs", ["features", "weight"])
+    def test_one_gradient_only(self, needs: str) -> None:
+        ours, theirs = layers(LARGE)
+        results = []
+        for layer in (ours, theirs):
+            features = images(LARGE).requires_grad_(needs == "features")
+            layer.weight.requires_grad_(needs == "weight")
+            layer(features).sum().backward()
+            assert (features.grad is None) == (needs == "weight")
+            assert (layer.weight.grad is None) == (needs == "features")
+            results.append(features.grad if needs == "features" else layer.weight.grad)
+        torch.testing.assert_close(results[0], results[1])
+
+    @pytest.mark.parametrize("moving", ["features", "weight", "both"])
+    def test_forward_mode(self, moving: str) -> None:
+        for case in (LARGE, Case(3, 1, 1, 1, (6, 6))):
+            ours, _ = layers(case)
+            weight, by_weight = ours.weight.detach(), torch.randn_like(ours.weight)
+            features, by_features = images(case), images(case, seed=2)
+            with forward_ad.dual_level():
+                x = features if moving == "weight" else forward_ad.make_dual(features, by_features)
+                w = weight if moving == "features" else forward_ad.make_dual(weight, by_weight)
+                output = torch.func.functional_call(ours, {"weight": w}, (x,))
+                value, tangent = forward_ad.unpack_dual(output)
+
+            def convolve(a: Tensor, b: Tensor, case: Case = case) -> Tensor:
+                return F.conv2d(a, b, None, case.stride, case.padding, case.dilation, groups=3)
+
+            expected = torch.zeros_like(value)
+            if moving != "weight":
+                expected += convolve(by_features, weight)
+            if moving != "features":
+                expected += convolve(features, by_weight)
+            torch.testing.assert_close(value, convolve(features, weight))
+            torch.testing.assert_close(tangent, expected)
+
+    def test_single_precision(self) -> None:
+        ours, theirs = layers(LARGE)
+        single = second_order(ours.float(), images(LARGE).float())
+        for a, b in zip(single, second_order(theirs, images(LARGE)), strict=True):
+            assert a.dtype == torch.float32
+            assert ((a - b).norm() / b.norm()).item() < 1e-5
+
+
+class TestReplacement:
+    def test_all_depthwise_convolutions_and_no_others(self) -> None:
+        class Mine(nn.Conv2d):
+            pass
+
+        def build() -> nn.Sequential:
+            torch.manual_seed(0)
+            return nn.Sequential(
+                nn.Conv2d(4, 4, 5, 2, 2, groups=4, bias=False),
+                nn.ReLU(),
+                nn.Conv2d(4, 4, 1, bias=False),
+                nn.Sequential(
+                    nn.Conv2d(4, 4, 3, padding=2, dilation=2, groups=4, bias=False),
+                    nn.Conv2d(4, 4, 3, padding=1, groups=2, bias=False),
+                    nn.Conv2d(4, 8, 3, padding=1, groups=4, bias=False),
+                    nn.Conv2d(8, 1, 1, bias=False),
+                    nn.Conv2d(1, 1, 3, padding=1, groups=1, bias=False),
+                    nn.Conv2d(1, 4, 1, bias=False),
+                ),
+                Mine(4, 4, 3, groups=4, bias=False),
+                nn.Conv2d(4, 4, 1, groups=4, bias=True),
+                nn.Conv2d(4, 4, (1, 3), padding=1, groups=4, bias=False),
+                nn.Conv2d(4, 4, 3, (1, 2), padding=1, groups=4, bias=False),
+                nn.Conv2d(4, 4, 3, padding=(1, 2), groups=4, bias=False),
+                nn.Conv2d(4, 4, 3, padding=2, dilation=(1, 2), groups=4, bias=False),
+                nn.Conv2d(4, 4, 3, padding="same", groups=4, bias=False),
+                nn.Conv2d(4, 4, 3, padding=1, groups=4, bias=False, padding_mode="circular"),
+            ).double()
+
+        before, network = build(), build()
+        parameters = dict(network.named_parameters())
+        assert with_explicit_derivatives(network) is network
+        replaced = [name for name, module in network.named_modules() if isinstance(module, DepthwiseConv2d)]
+        assert replaced == ["0", "3.0"]
+        for (name, module), (_, old) in zip(network.named_modules(), before.named_modules(), strict=True):
+            assert name in replaced or type(module) is type(old)
+        # The very parameters, under the names that they had.
+        after = dict(network.named_parameters())
+        assert list(after) == list(parameters)
+        assert all(after[name] is parameters[name] for name in after)
+        assert list(network.state_dict()) == list(before.state_dict())
+        x = torch.randn(2, 4, 12, 12, dtype=torch.float64)
+        torch.testing.assert_close(network(x), before(x))
+
+    @pytest.mark.parametrize("stride", [1, 2])
+    @pytest.mark.parametrize("name", ["sep_conv_3x3", "sep_conv_5x5", "sep_conv_7x7", "dil_conv_3x3", "dil_conv_5x5"])
+    def test_operations_of_darts(self, name: str, stride: int) -> None:
+        torch.manual_seed(0)
+        before: Any = build_operation(name, 4, stride, affine=False).double()
+        after: Any = with_explicit_derivatives(copy.deepcopy(before))
+        depthwise = [m for m in after.modules() if isinstance(m, DepthwiseConv2d)]
+        assert len(depthwise) == (2 if name.startswith("sep") else 1)
+        results = []
+        for operation in (before, after):
+            x = torch.randn(
+                2, 4, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1)
+            ).requires_grad_()
+            output = operation(x)
+            weights = list(operation.parameters())
+            first = torch.autograd.grad((output**3).sum(), [x, *weights], create_graph=True)
+            second = torch.autograd.grad(sum((g**2).sum() for g in first), [x, *weights])
+            results.append([output, *first, *second])
+        for a, b in zip(*results, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+    def test_a_copy_is_another_layer(self) -> None:
+        ours, theirs = layers(LARGE)
+        twin = copy.deepcopy(ours)
+        with torch.no_grad():
+            ours.weight.zero_()
+        torch.testing.assert_close(twin(images(LARGE)), theirs(images(LARGE)))

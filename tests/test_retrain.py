@@ -1,0 +1,181 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from nni_cream import retrain as module_under_test
+from nni_cream.child import Candidate, Child, build_network
+from nni_cream.cost import measure_network
+from nni_cream.errors import UserError
+from nni_cream.evaluate import evaluate, load_checkpoint
+from nni_cream.genotype import Genotype
+from nni_cream.recipe import EvaluationRecipe, RetrainRecipe
+from nni_cream.retrain import retrain
+from nni_cream.runs import RunDirectory
+from nni_cream.training import ImageClassifier
+
+EDGES = (("sep_conv_3x3", 1), ("skip_connect", 0), ("max_pool_3x3", 0), ("dil_conv_3x3", 2))
+GENOTYPE = Genotype(normal=EDGES, normal_concat=(2, 3), reduce=EDGES, reduce_concat=(2, 3))
+SPACE = {"channels": 2, "cells": 3, "nodes": 2}
+# The head works at 32 pixels only, and is larger than all the rest.
+DARTS = {"channels": 4, "cells": 4, "stem": "cifar", "auxiliary": True}
+RECIPE: dict[str, Any] = {
+    "name": "again",
+    "epochs": 1,
+    # 145 images to train on.
+    "data": {"resolution": 32, "batch_size": 48, "architecture_fraction": 0.05, "validation_fraction": 0.9},
+    "optimizer": {"name": "momentum", "lr": 0.05, "weight_decay": 3e-4},
+    "schedule": {"name": "cosine", "interval": "epoch"},
+    "gradient_clip": 5.0,
+    "auxiliary_weight": 0.3,
+    "drop_path_rate": 0.25,
+    "label_smoothing": 0.05,
+    "darts": DARTS,
+    "device": {"accelerator": "cpu"},
+}
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
+    pytest.mark.filterwarnings("ignore:.*logging interval"),
+    # Lightning's use of torch.
+    pytest.mark.filterwarnings("ignore:.*LeafSpec"),
+]
+
+
+@pytest.fixture
+def candidate(tmp_path: Path) -> Candidate:
+    data = {"name": "digits", "folder": None, "resolution": 8}
+    child = Child(GENOTYPE, 10, 0.5, 1, 2, data, {"name": "a", "seed": 0}, space=SPACE)
+    network = build_network(str(GENOTYPE), 10, {"kind": "search", **SPACE})
+    file = tmp_path / "search" / "child.json"
+    child.save(file, network)
+    return Candidate(file)
+
+
+def run(folder: Path, candidate: Candidate, **changes: Any) -> float:
+    return retrain(RetrainRecipe.model_validate({**RECIPE, **changes}), candidate, RunDirectory(folder))
+
+
+class Stopped(Exception):
+    """Nothing is trained where only the arrangement is looked at."""
+
+
+@pytest.fixture
+def arranged(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What a training is about to be done with."""
+    found: dict[str, Any] = {}
+    make_trainer = module_under_test.make_trainer
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        found["trainer"] = trainer = make_trainer(*args, **kwargs)
+
+        def stop(module: Any, training: Any, *_: Any, **__: Any) -> None:
+            found.update(module=module, training=training)
+            raise Stopped
+
+        trainer.fit = stop
+        return trainer
+
+    monkeypatch.setattr(module_under_test, "make_trainer", watched)
+    return found
+
+
+def test_a_genotype_is_trained_and_tested(tmp_path: Path, candidate: Candidate) -> None:
+    accuracy = run(tmp_path / "run", candidate)
+    stored = json.loads((tmp_path / "run/result.json").read_text())
+    assert stored["network"] == str(GENOTYPE)
+    assert stored["test_accuracy"] == accuracy
+    network = build_network(str(GENOTYPE), 10, {"kind": "trained", **DARTS})
+    cost = measure_network(network, 32)
+    assert (stored["flops"], stored["params"]) == (cost.macs, cost.params)
+    assert (stored["data"]["name"], stored["data"]["resolution"]) == ("digits", 32)
+
+    # What was written is tested with the same result, by what it says of itself.
+    file = tmp_path / "run" / "model.safetensors"
+    loaded = load_checkpoint(file)
+    shapes = {name: tensor.shape for name, tensor in network.state_dict().items()}
+    assert {name: tensor.shape for name, tensor in loaded.network.state_dict().items()} == shapes
+    result = evaluate(EvaluationRecipe.model_validate({"device": {"accelerator": "cpu"}}), file)
+    assert (result.top1, result.top5) == (stored["test_accuracy"], stored["test_top5"])
+    # The same again trains nothing.
+    before = file.stat().st_mtime_ns
+    assert run(tmp_path / "run", candidate) == accuracy
+    assert file.stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize("clip", [None, 5.0])
+def test_settings_reach_trainer_module_and_network(
+    tmp_path: Path, candidate: Candidate, arranged: dict[str, Any], clip: float | None
+) -> None:
+    with pytest.raises(Stopped):
+        run(tmp_path / "run", candidate, gradient_clip=clip, drop_rate=0.125)
+    assert arranged["trainer"].gradient_clip_val == clip
+    assert arranged["trainer"].gradient_clip_algorithm in (None, "norm")
+    assert arranged["trainer"].max_epochs == 1
+    module = arranged["module"]
+    assert isinstance(module, ImageClassifier)
+    assert (module.auxiliary_weight, module.drop_path_rate, module.label_smoothing) == (0.3, 0.25, 0.05)
+    assert module.schedule_arguments["step_on_epochs"]
+    assert module.model.head_drop.p == 0.125
+    assert len(module.model.cells) == 4
+    assert len(arranged["training"].dataset) == 145
+
+
+def test_gradients_are_clipped_by_their_norm(tmp_path: Path, candidate: Candidate, monkeypatch: Any) -> None:
+    """With a limit that every gradient exceeds, every step has exactly that norm."""
+    norms = []
+    step = torch.optim.SGD.step
+
+    def watched(self: Any, closure: Any = None) -> Any:
+        def measured() -> Any:
+            loss = closure()
+            gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+            norms.append(torch.cat([gradient.flatten() for gradient in gradients]).norm().item())
+            return loss
+
+        return step(self, measured)
+
+    monkeypatch.setattr(torch.optim.SGD, "step", watched)
+    run(tmp_path / "run", candidate, gradient_clip=0.01, darts={**DARTS, "auxiliary": False})
+    assert len(norms) == 3
+    assert norms == pytest.approx([0.01] * 3, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"inherit_weights": True}, "inherit_weights is on, but the network that DARTS searches with is another"),
+        ({"data": {**RECIPE["data"], "resolution": 16}}, "train with images of 32 or 36 or 40 pixels"),
+        ({"data": {**RECIPE["data"], "resolution": None}}, "The auxiliary head needs features of 8 to 10 pixels"),
+        ({"darts": {**DARTS, "stem": "imagenet"}}, "The auxiliary head needs features of 7 to 8 pixels, not 1 × 1"),
+        ({"data": {**RECIPE["data"], "resolution": 34}}, "needs an even height and width"),
+        ({"data": {**RECIPE["data"], "batch_size": 200}}, "data.batch_size is 200, but there are 145 images"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_is_refused_before_the_folder_is_claimed(
+    tmp_path: Path, candidate: Candidate, arranged: dict[str, Any], changes: dict[str, Any], expected: str
+) -> None:
+    with pytest.raises(UserError) as caught:
+        run(tmp_path / "run", candidate, **changes)
+    message = str(caught.value)
+    assert expected in message
+    assert "\n" not in message
+    assert message.endswith(".")
+    assert not (tmp_path / "run").exists()
+    assert "module" not in arranged
+
+
+def test_looking_whether_the_head_fits_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    network: nn.Module = build_network(str(GENOTYPE), 10, {"kind": "trained", **DARTS}).eval()
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    module_under_test.refuse_resolution(network, 32)
+    assert not network.training
+    for name, tensor in network.state_dict().items():
+        assert tensor.device.type == "cpu"
+        assert torch.equal(tensor, before[name]), name
