@@ -101,6 +101,8 @@ class Child:
             raise UserError(f"{file} is not a child of a search: it should have either 'path' or 'genotype'.")
         ((kind, key),) = found
         architecture = content.pop(key)
+        if kind is Genotype and not content["space"]:
+            raise UserError(f"{file} is not a complete child of a search: 'space' is missing.")
         known = [item.name for item in fields(cls) if item.name != "architecture"]
         for name in [*known, *content]:
             if name not in content:
@@ -169,7 +171,11 @@ def build_network(
     genotype = Genotype.parse(architecture)
     arguments = {key: value for key, value in size.items() if key != "kind"}
     try:
-        if size.get("kind") == "search":
+        if size.get("kind") not in ("search", "trained"):
+            raise UserError(
+                f"The size of the network, {dict(size)}, is not one of a genotype: its 'kind' is search or trained."
+            )
+        if size["kind"] == "search":
             from search_spaces.darts import DartsSpace
 
             space = DartsSpace(num_classes, **arguments)

@@ -51,8 +51,13 @@ def measure(module: nn.Module, *inputs: Tensor) -> Cost:
 
 
 def measure_network(network: nn.Module, resolution: int) -> Cost:
-    """Count what ``network`` costs on one RGB image of ``resolution`` × ``resolution`` pixels."""
-    on_meta = copy.deepcopy(network).to("meta")
+    """Count what ``network`` costs on one RGB image of ``resolution`` × ``resolution`` pixels.
+
+    An auxiliary head, which serves training alone, does not count, as in the papers.
+    """
+    on_meta: Any = copy.deepcopy(network).to("meta")
+    if getattr(on_meta, "auxiliary_head", None) is not None:
+        on_meta.auxiliary_head = None
     return measure(on_meta, torch.empty(1, 3, resolution, resolution, device="meta"))
 
 

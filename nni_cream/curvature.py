@@ -44,6 +44,8 @@ def dominant_eigenvalue(loss: Callable[[Sequence[Tensor]], Tensor], alphas: Sequ
     if size == 1:
         return float(product(np.ones(1))[0])
     operator = LinearOperator((size, size), matvec=product, dtype=np.float64)
-    # The start decides how many products are needed, not the result; a fixed one draws no random numbers.
-    (largest,) = eigsh(operator, k=1, which="LA", v0=np.ones(size), tol=_TOLERANCE, return_eigenvectors=False)
+    # Fixed, and drawn without touching anybody's random numbers. Not all ones: a softmax does not see a shift, so that
+    # direction has curvature 0.
+    start = np.random.default_rng(0).standard_normal(size)
+    (largest,) = eigsh(operator, k=1, which="LA", v0=start, tol=_TOLERANCE, return_eigenvectors=False)
     return float(largest)

@@ -62,7 +62,8 @@ def read_json(path: Path, what: str) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"There is no {what} {path}.") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    # A number of thousands of digits is a plain ValueError, thousands of brackets a RecursionError.
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} is not a {what}: {error}.") from None
 
 

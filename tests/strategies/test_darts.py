@@ -736,7 +736,7 @@ def preferring(operation: str, rows: int, strengths: Sequence[float] | None = No
 
 
 def genotype_of(alphas: State, **limit: Any) -> Genotype:
-    return derive_genotype({kind: alphas[kind] for kind in CELL_KINDS}, OPERATIONS, **limit)
+    return derive_genotype({kind: alphas[kind].numpy() for kind in CELL_KINDS}, OPERATIONS, **limit)
 
 
 def two_nodes() -> DartsSpace:
