@@ -26,7 +26,7 @@ from nni_cream.strategies.darts import DartsStrategy
 from nni_cream.supernet.functional import pure_loss
 from search_spaces.darts import DartsSpace
 
-RADII = (1e-2, 1e-4, 1e-6, 1e-8)
+RADII = (1e-2, 1e-4, 1e-8)
 RESOLUTION = 16
 SPACE = {"channels": 4, "cells": 5}
 # The paper's: learning rate, momentum, weight decay of the weights, learning rate of α.
@@ -190,10 +190,10 @@ def endless(data: Any, size: int) -> Any:
 def main() -> None:
     """Measure, write the result, and print it as tables."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--stages", type=int, nargs="+", default=[0, 15, 100], help="steps before the measurement")
-    parser.add_argument("--batches", type=int, nargs="+", default=[8, 32, 128], help="batch sizes")
-    parser.add_argument("--repeats", type=int, default=3, help="pairs of batches that are measured")
-    parser.add_argument("--directions", type=int, default=12, help="moves of α that are tried")
+    parser.add_argument("--stages", type=int, nargs="+", default=[0, 30], help="steps before the measurement")
+    parser.add_argument("--batches", type=int, nargs="+", default=[8, 32, 64], help="batch sizes")
+    parser.add_argument("--repeats", type=int, default=2, help="pairs of batches that are measured")
+    parser.add_argument("--directions", type=int, default=6, help="moves of α that are tried")
     arguments = parser.parse_args()
     images = load_data("mnist5k", resolution=RESOLUTION).weights
     rows, predictions = [], []

@@ -827,7 +827,7 @@ class TestCells:
 
 
 class TestCostTerm:
-    @pytest.fixture(scope="class")
+    @pytest.fixture
     def search(self, run: Callable[..., Search]) -> Search:
         return run(**WHOLE["expected cost"])
 
@@ -1019,7 +1019,7 @@ class TestEigenvalue:
 
     def test_too_many_skip_connections_come_first(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(darts_module, "dominant_eigenvalue", lambda *_: 1.0)
-        monkeypatch.setattr(darts_module, "rises_sharply", lambda values: len(values) == 3)
+        monkeypatch.setattr(darts_module, "rises_sharply", lambda values: len(values) >= 3)
         forced = SetAlpha({3: {"normal": preferring("skip_connect", 2)}})
         settings: dict[str, Any] = {"order": "first", "eigenvalue": "stop", "stop_above_skips": 1}
         search = Search(cells, training=few_batches(1), callbacks=[forced], **settings).run()
@@ -1114,6 +1114,12 @@ def test_frozen_weights_stay_as_they_are(run: Callable[..., Search]) -> None:
     search = run(**WHOLE["frozen weights"])
     first, last = search.steps[0].space, search.steps[-1].space_after
     assert {n for n in first if torch.equal(first[n], last[n])} == {"second.1.0.weight", "head.bias"}
+
+
+def test_no_epochs_no_result() -> None:
+    search = Search(epochs=0).run()
+    assert not search.reports
+    assert not search.final
 
 
 def test_hooks_of_the_user_come_first() -> None:
