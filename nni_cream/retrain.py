@@ -14,6 +14,7 @@ from nni_cream.child import Candidate, Child, build_network, load_weights, save_
 from nni_cream.cost import measure_network
 from nni_cream.errors import UserError
 from nni_cream.genotype import Genotype
+from nni_cream.models.darts import DartsNetwork
 from nni_cream.recipe import RetrainRecipe, to_yaml
 from nni_cream.reporting import Reporter, on_terminal
 from nni_cream.runs import RunDirectory, read_json, write_json
@@ -106,12 +107,12 @@ def retrain(recipe: RetrainRecipe, candidate: Candidate, directory: RunDirectory
 
 
 def refuse_resolution(network: nn.Module, resolution: int) -> None:
-    """Make sure that ``network`` can be trained at this resolution; an auxiliary head knows only some.
+    """Make sure that ``network`` can be trained at this resolution, which those of genotypes halve twice or more.
 
     Raises:
         UserError: if it cannot.
     """
-    if getattr(network, "auxiliary_head", None) is not None:
+    if isinstance(network, DartsNetwork):
         copy.deepcopy(network).to("meta").train()(torch.empty(2, 3, resolution, resolution, device="meta"))
 
 

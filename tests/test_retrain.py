@@ -154,6 +154,10 @@ def test_gradients_are_clipped_by_their_norm(tmp_path: Path, candidate: Candidat
         ({"data": {**RECIPE["data"], "resolution": None}}, "The auxiliary head needs features of 8 to 10 pixels"),
         ({"darts": {**DARTS, "stem": "imagenet"}}, "The auxiliary head needs features of 7 to 8 pixels, not 1 × 1"),
         ({"data": {**RECIPE["data"], "resolution": 34}}, "needs an even height and width"),
+        (
+            {"data": {**RECIPE["data"], "resolution": 34}, "darts": {**DARTS, "auxiliary": False}},
+            "needs an even height and width",
+        ),
         ({"data": {**RECIPE["data"], "batch_size": 200}}, "data.batch_size is 200, but there are 145 images"),
     ],
     ids=str,

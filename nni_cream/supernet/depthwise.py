@@ -2,7 +2,7 @@
 
 PyTorch's backward of larger and of dilated depthwise convolutions is slow on a CPU, and its second derivative of a
 grouped convolution loops over the groups. But a convolution is bilinear, and so are its gradients: all derivatives, of
-any order and in either mode, are one of the three forms here, with exchanged roles. ``docs/performance.md`` has what
+any order and in either mode, are one of the three forms here, with exchanged roles. ``docs/darts.md`` has what
 that gains.
 """
 
