@@ -175,4 +175,4 @@ def test_retraining_takes_the_recipe_for_the_kind_of_child(
     run_name = "retrain-cream_14" if kind == "none" else "retrain-found"
     expected = load_recipe(RetrainRecipe, repository / "experiments/recipes" / name, {"name": run_name})
     assert taken == [expected]
-    assert taken[0].epochs == (20 if kind == "genotype" else 25)
+    assert taken[0].epochs == (12 if kind == "genotype" else 25)
