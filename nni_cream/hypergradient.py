@@ -155,7 +155,7 @@ def exact(
     """Return the hypergradient by automatic differentiation.
 
     The gradient of the unrolled step is differentiated once more, which saves computing it a second time. Forward over
-    reverse mode needs less memory and was slower (``docs/darts.md``).
+    reverse mode, which keeps no graph of a gradient, was no faster (``docs/darts.md``).
 
     Args:
         train_loss: L_train, a scalar function of (weights, alphas).
