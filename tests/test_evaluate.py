@@ -62,6 +62,7 @@ def network() -> Any:
 @pytest.fixture(scope="module")
 def foreign() -> Any:
     """Cream's 14 M network twice: plain and averaged weights."""
+    torch.manual_seed(0)  # else, once in a while, two of their accuracies are equal by chance
     return [with_opinions(timm.create_model("cream_14", num_classes=10), seed) for seed in (1, 2)]
 
 

@@ -193,7 +193,7 @@ class TestLearningRate:
             ),
             (Schedule(name="constant", interval="epoch"), lambda o: ConstantLR(o, factor=1.0)),
         ],
-        ids=str,
+        ids=lambda value: str(value) if isinstance(value, Schedule) else "",
     )
     def test_by_epochs_is_what_torch_has(
         self, tmp_path: Path, schedule: Schedule, published: Callable[[torch.optim.Optimizer], LRScheduler]
