@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -84,6 +84,24 @@ class Child:
         key = _KEYS[type(self.architecture)]
         write_json(file, {"format": FORMAT, key: self.architecture.to_json(), **content})
 
+    def ranked(self, rank: int) -> Child:
+        """Return what was found with this ``rank``, 1 being the best.
+
+        Raises:
+            UserError: if not so many were found, or a runner-up is damaged.
+        """
+        if rank == 1:
+            return self
+        if rank > 1 + len(self.runners_up):
+            raise UserError(f"rank is {rank}, but the search found {1 + len(self.runners_up)}: make it at most that.")
+        other = self.runners_up[rank - 2]
+        try:
+            path = CreamPath.of(other["path"])
+            accuracy, flops, params = float(other["accuracy"]), int(other["flops"]), int(other["params"])
+        except (KeyError, TypeError, ValueError):
+            raise UserError(f"The runner-up {other!r} should have 'path', 'accuracy', 'flops' and 'params'.") from None
+        return replace(self, architecture=path, accuracy=accuracy, flops=flops, params=params)
+
     @classmethod
     def load(cls, file: Path) -> Child:
         """Read a child file.
@@ -121,18 +139,31 @@ class Child:
 
 @dataclass(frozen=True)
 class Candidate:
-    """What is trained: a child file, or where there is none the published network of that name."""
+    """What is trained: a child file, or where there is none the network that ``name`` describes.
+
+    Attributes:
+        file: the child file.
+        name: the text of a path or a genotype, or timm's name of a network.
+    """
 
     file: Path | None
     name: str = PUBLISHED_FALLBACK
 
-    def load(self) -> Child | None:
-        """Read the child file.
+    def load(self, rank: int = 1) -> Child | None:
+        """Read the child file, and choose what was found with this ``rank``.
 
         Raises:
-            UserError: if it is not one.
+            UserError: if it is not one, or not so many were found.
         """
-        return None if self.file is None else Child.load(self.file)
+        if self.file is None:
+            if rank > 1:
+                raise UserError(f"rank is {rank}, but only a --child of a search has networks of several ranks.")
+            return None
+        child = Child.load(self.file)
+        try:
+            return child.ranked(rank)
+        except UserError as error:
+            raise UserError(f"{self.file}: {error}") from None
 
 
 def build_network(

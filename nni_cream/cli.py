@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from nni_cream.errors import UserError
-from nni_cream.recipe import parse_override
+from nni_cream.errors import TrainingError, UserError
+from nni_cream.recipe import Recipe, parse_override, to_yaml
+from nni_cream.runs import RunDirectory
 
 
 def make_settings_parser(description: str | None, recipe: Path | None) -> argparse.ArgumentParser:
@@ -51,6 +53,21 @@ def overrides_of(arguments: argparse.Namespace) -> dict[str, Any]:
     return {**overrides, **tuner_parameters()}
 
 
+def open_run(recipe: Recipe, output: Path | None) -> RunDirectory:
+    """Choose the folder of a run, and make sure that it is free for it; write nothing.
+
+    Raises:
+        UserError: if it holds a run of another recipe, or another process runs in it.
+    """
+    directory = RunDirectory.for_run(recipe.name, output)
+    directory.refuse_another(to_yaml(recipe))
+    if directory.owner() is not None:
+        from nni_cream.reporting import await_owner
+
+        await_owner(directory)
+    return directory
+
+
 def tuner_parameters() -> dict[str, Any]:
     """Return the settings that NNI's tuner chose for this trial; none where there is no NNI.
 
@@ -70,11 +87,31 @@ def tuner_parameters() -> dict[str, Any]:
 
 
 def run(main: Callable[[], None]) -> None:
-    """Call ``main`` and exit: with 2 and one sentence on stderr if the user asked for something that cannot be."""
+    """Call ``main`` and exit.
+
+    With one sentence on stderr, and 2 if the user asked for something that cannot be, 1 if the training has failed;
+    when interrupted, by the signal itself, from which NNI and shells know that nothing has failed.
+    """
     try:
         main()
+    except TrainingError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
     except UserError as error:
         # A DataLoader worker wraps its error in a traceback, the sentence coming last.
         sentence = str(error).rpartition(f"{UserError.__module__}.{UserError.__qualname__}: ")[2].strip()
         print(f"error: {sentence}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        _end_by_interrupt()
+    except SystemExit as error:
+        # Lightning turns an interrupt into exit code 1.
+        if isinstance(error.__context__, KeyboardInterrupt):
+            _end_by_interrupt()
+        raise
+
+
+def _end_by_interrupt() -> None:
+    print("Interrupted; the same command goes on from the last checkpoint.", file=sys.stderr, flush=True)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    os.kill(os.getpid(), signal.SIGINT)

@@ -10,25 +10,34 @@ torchvision operators torchvision's wheel is linked against CUDA. Beside a CPU  
                       exist``.
 NNI's false warnings  NNI 3.0 wraps every class in ``torch.nn`` and warns of the  NNI knows torch 2's ``torch.nn``
                       two newer ones that are not modules, at every start.
+NNI's unread answers  NNI 3.0's trials look at no answer of the manager, so that  NNI's ``HttpChannel.send`` raises
+                      a metric sent while it shuts down is lost, and they wait    for a refusal
+                      for one without end.
+NNI's TensorBoard     The button of NNI 3.0's web UI starts TensorBoard on a      the button opens
+                      folder that local trials are not told of.                   ``$NNI_OUTPUT_DIR/tensorboard``
 ====================  ==========================================================  =================================
 """
 
 from __future__ import annotations
 
 import importlib.util
+import os
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import wrapt
 
 if TYPE_CHECKING:
     from types import ModuleType
 
+    from nni.runtime.trial_command_channel import TrialCommandChannel
     from torch.library import Library
 
 # A Library undoes its declarations when it is collected, so it has to live as long as the process.
 _torchvision_library: Library | None = None
+
+_ANSWER_SECONDS = 20
 
 _DETECTION_OPERATORS = (
     "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
@@ -72,6 +81,37 @@ def declare_torchvision_operators() -> None:
     _torchvision_library = torch.library.Library("torchvision", "DEF")
     for schema in _DETECTION_OPERATORS:
         _torchvision_library.define(schema)
+
+
+def read_answers(channel: TrialCommandChannel) -> None:
+    """Let ``channel`` raise an ``OSError`` when the manager has not taken what was sent."""
+    import requests
+    from nni.runtime.command_channel.http import HttpChannel
+
+    http = getattr(channel, "_channel", None)
+    if not isinstance(http, HttpChannel):
+        return
+
+    def send(command: Any) -> None:
+        requests.put(http._url, json=command, timeout=_ANSWER_SECONDS).raise_for_status()
+
+    http.send = send
+
+
+def link_tensorboard(directory: Path) -> None:
+    """Let the TensorBoard button of NNI's web UI find the events of the local trial that runs in ``directory``."""
+    is_trial = os.environ.get("NNI_PLATFORM") == "local" and os.environ.get("NNI_OUTPUT_DIR") == str(directory)
+    if not is_trial or directory.parts[-4:-3] + directory.parts[-2:-1] != ("environments", "trials"):
+        return
+    events = directory / "tensorboard"
+    events.mkdir(parents=True, exist_ok=True)
+    expected = directory.parents[3] / "trials" / directory.name / "output" / "tensorboard"
+    expected.parent.mkdir(parents=True, exist_ok=True)
+    # The button has made an empty folder if it was pressed before.
+    if expected.is_dir() and not expected.is_symlink() and not any(expected.iterdir()):
+        expected.rmdir()
+    if not expected.exists():
+        expected.symlink_to(events)
 
 
 def _after_torch(_torch: ModuleType) -> None:

@@ -227,12 +227,16 @@ class Schedule(Settings):
 
 
 class Device(Settings):
-    """Arguments of Lightning's ``Trainer``, and how images and weights lie in memory."""
+    """Arguments of Lightning's ``Trainer``, and how images and weights lie in memory.
+
+    ``threads`` are those that torch computes with on the CPU, None being its own choice: as many as there are cores.
+    """
 
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
     devices: PositiveInt = 1
     precision: Literal["32-true", "16-mixed", "bf16-mixed"] = "32-true"
     memory_format: Literal["channels_last", "contiguous_format"] = "channels_last"
+    threads: PositiveInt | None = None
 
 
 class Flops(Settings):
@@ -420,8 +424,13 @@ class DartsRecipe(Recipe):
 
 
 class RetrainRecipe(Recipe):
-    """The training of one network; ``darts`` is for genotypes, whose drop path rises from 0 to its rate."""
+    """The training of one network.
 
+    ``rank`` says which of the paths that a search found, 1 being the best; ``darts`` is for genotypes, whose drop path
+    rises from 0 to its rate.
+    """
+
+    rank: PositiveInt = 1
     data: ChildData = ChildData()
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.1
     drop_rate: Annotated[float, Field(ge=0, lt=1)] = 0.0

@@ -5,8 +5,12 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 import os
+import signal
 import sys
+import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,14 +23,20 @@ from nni.runtime.trial_command_channel import (
 )
 from nni.typehint import TrialMetric
 
-from nni_cream.runs import describe, write_text
+from nni_cream.compat import link_tensorboard, read_answers
+from nni_cream.errors import TrainingError
+from nni_cream.mailbox import Mailbox
+from nni_cream.runs import RunDirectory, describe, write_text
+
+_POLL_SECONDS = 1.0
 
 
 class Reporter(TrialCommandChannel):
     """Takes what a run reports and passes it on.
 
     It stands in NNI's place as the trial's command channel, so ``nni.report_intermediate_result`` anywhere in the
-    process arrives here.
+    process arrives here. What NNI's manager does not take, because it is away, waits in ``unreported/`` and is sent
+    when it answers again, or when it has started the trial again.
 
     Args:
         directory: of the run; ``metrics.csv`` there gets one line an epoch.
@@ -37,9 +47,13 @@ class Reporter(TrialCommandChannel):
         self._file = directory / "metrics.csv"
         self._quiet = quiet
         self._outer: TrialCommandChannel | None = None
+        self._mailbox = Mailbox(directory / "unreported", self._send)
+        self._away = False
         self._record = ParameterRecord(parameter_id=None, parameters={})
         if "NNI_PLATFORM" in os.environ:
             self._outer = get_default_trial_command_channel()
+            read_answers(self._outer)
+            link_tensorboard(directory)
             # NNI keeps the record that tuner_parameters() received, and the manager wants its id with every metric.
             self._record = nni.trial._params or self._record
 
@@ -70,25 +84,45 @@ class Reporter(TrialCommandChannel):
         """Report an epoch.
 
         The epoch is the metric's place on NNI's curve, so that a run which is continued continues the curve.
+
+        Raises:
+            TrainingError: if a metric is not a finite number.
         """
+        refuse_non_finite(metrics, f"In epoch {metrics['epoch']} ")
         self._write_line(metrics)
-        self._send("PERIODICAL", metrics["epoch"] - 1, metrics)
+        self._post("PERIODICAL", metrics["epoch"] - 1, metrics)
         if not self._quiet:
             print(describe({name: value for name, value in metrics.items() if name != "default"}), flush=True)
 
     def final(self, metrics: Any) -> None:
-        """Report the result."""
-        self._send("FINAL", 0, metrics)
+        """Report the result.
 
-    def _send(self, kind: Literal["PERIODICAL", "FINAL"], sequence: int, metrics: Any) -> None:
+        Raises:
+            TrainingError: if a metric is not a finite number.
+        """
+        refuse_non_finite(metrics, "In the end ")
+        self._post("FINAL", 0, metrics)
+
+    def deliver(self) -> None:
+        """Send what could not be sent before, if NNI's manager answers."""
         if self._outer is not None:
-            self._outer.send_metric(
-                type=kind,
-                parameter_id=self._record["parameter_id"],
-                trial_job_id=nni.get_trial_id(),
-                sequence=sequence,
-                value=metrics,
+            self._mailbox.deliver()
+
+    def _post(self, kind: Literal["PERIODICAL", "FINAL"], sequence: int, metrics: Any) -> None:
+        if self._outer is None:
+            return
+        arrived = self._mailbox.post({"type": kind, "sequence": sequence, "value": metrics})
+        if not arrived and not self._away:
+            print(
+                f"NNI's manager does not answer; what is reported meanwhile waits in {self._mailbox.folder}.",
+                file=sys.stderr,
+                flush=True,
             )
+        self._away = not arrived
+
+    def _send(self, message: dict[str, Any]) -> None:
+        assert self._outer is not None
+        self._outer.send_metric(parameter_id=self._record["parameter_id"], trial_job_id=nni.get_trial_id(), **message)
 
     def _write_line(self, metrics: dict[str, Any]) -> None:
         """Add the epoch to the table; one that is run again after an interruption replaces its first try."""
@@ -103,6 +137,44 @@ class Reporter(TrialCommandChannel):
         writer.writeheader()
         writer.writerows(rows)
         write_text(self._file, table.getvalue())
+
+
+def refuse_non_finite(metrics: Mapping[str, Any], when: str) -> None:
+    """Make sure that every number among ``metrics`` is finite: NNI would count a trial that reports NaN as a success.
+
+    Raises:
+        TrainingError: if one is not.
+    """
+    for name, value in metrics.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise TrainingError(f"{when}{name} is {value}: the training has diverged; a lower optimizer.lr may help.")
+
+
+def await_owner(directory: RunDirectory) -> None:
+    """Under NNI, wait until no other process runs in ``directory``; elsewhere that is an error.
+
+    When NNI's manager is killed, its trials go on. Resumed, it starts them again: this is then the second process of
+    one trial, which reports for the first and, when that has ended, goes on from where it was.
+
+    Raises:
+        UserError: if another process runs there, and this is no trial of NNI.
+    """
+    if "NNI_PLATFORM" not in os.environ:
+        directory.refuse_owned()
+    owner = directory.owner()
+    if owner is None:
+        return
+    print(f"Process {owner} still runs this trial, which NNI has started again; waiting for its end.", flush=True)
+    reporter = Reporter(directory.path, quiet=True)
+    try:
+        while directory.owner() is not None:
+            reporter.deliver()
+            time.sleep(_POLL_SECONDS)
+    except KeyboardInterrupt:
+        # So NNI stops a trial. It knows this process only.
+        if owner := directory.owner():
+            os.kill(owner, signal.SIGINT)
+        raise
 
 
 def on_terminal() -> bool:

@@ -32,23 +32,28 @@ def retrain(recipe: RetrainRecipe, candidate: Candidate, directory: RunDirectory
         UserError: if inherited weights are asked for and there are none that fit.
     """
     result_file = directory.path / "result.json"
+    reporter = Reporter(directory.path, quiet=on_terminal())
     if result_file.exists():
         print(f"{directory.path} holds a training that has ended; choose another folder with --name for a new one.")
-        return print_result(read_json(result_file, "result of a training"))
+        result = read_json(result_file, "result of a training")
+        # NNI starts a trial again whose end it has not seen.
+        reporter.deliver()
+        reporter.final(_told_to_nni(result))
+        return print_result(result)
 
-    child = candidate.load()
+    child = candidate.load(recipe.rank)
     data = recipe.data.completed(child.data if child else {})
     pl.seed_everything(recipe.seed, verbose=False)
     splits = load_splits(data, recipe.seed)
     name = str(child.architecture) if child else candidate.name
     size: dict[str, Any] = {}
-    if child is not None and isinstance(child.architecture, Genotype):
+    if name.startswith("Genotype("):
         size = {"kind": "trained", **recipe.darts.model_dump()}
     network = build_network(
         name, splits.num_classes, size, drop_rate=recipe.drop_rate, drop_path_rate=recipe.drop_path_rate
     )
     if recipe.inherit_weights:
-        _inherit(network, candidate.file, child, splits.num_classes)
+        _inherit(network, candidate.file, child, splits.num_classes, recipe.rank)
     cost = measure_network(network, data.resolution)
     refuse_resolution(network, data.resolution)
     arrange_in_memory(network, recipe.device)
@@ -68,7 +73,6 @@ def retrain(recipe: RetrainRecipe, candidate: Candidate, directory: RunDirectory
 
     # Everything has been checked by now: a start that fails must not claim the folder.
     directory.begin(to_yaml(recipe), recipe.seed)
-    reporter = Reporter(directory.path, quiet=on_terminal())
     reporter.install()
     trainer.fit(
         module,
@@ -101,9 +105,14 @@ def retrain(recipe: RetrainRecipe, candidate: Candidate, directory: RunDirectory
         size=size,
     )
     write_json(result_file, result)
-    # A tuner may steer by the validation part; the test part is for people.
-    reporter.final({"default": val_accuracy, **{key: result[key] for key in ("test_accuracy", "flops", "params")}})
+    reporter.final(_told_to_nni(result))
     return print_result(result)
+
+
+def _told_to_nni(result: dict[str, Any]) -> dict[str, Any]:
+    # A tuner may steer by the validation part; the test part is for people.
+    told = ("val_accuracy", "test_accuracy", "flops", "params", "network")
+    return {"default": result["val_accuracy"], **{key: result[key] for key in told}}
 
 
 def refuse_resolution(network: nn.Module, resolution: int) -> None:
@@ -126,9 +135,11 @@ def print_result(result: dict[str, object]) -> float:
     return accuracy
 
 
-def _inherit(network: nn.Module, file: Path | None, child: Child | None, num_classes: int) -> None:
+def _inherit(network: nn.Module, file: Path | None, child: Child | None, num_classes: int, rank: int) -> None:
     if file is None or child is None:
-        raise UserError("inherit_weights is on, but a published network has no weights to inherit; give a --child.")
+        raise UserError("inherit_weights is on, but without a --child of a search there are no weights to inherit.")
+    if rank > 1:
+        raise UserError(f"inherit_weights is on, but the search keeps the weights of rank 1 alone, and rank is {rank}.")
     if isinstance(child.architecture, Genotype):
         raise UserError(
             "inherit_weights is on, but the network that DARTS searches with is another than the one that is trained "

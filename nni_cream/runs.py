@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from nni_cream.errors import UserError
+from nni_cream.locking import ProcessLock
 
 RUNS: Final = Path("runs")
 PACKAGES: Final = ("nni", "torch", "torchvision", "timm", "pytorch-lightning", "torchmetrics", "numpy", "pydantic")
@@ -72,11 +73,12 @@ class RunDirectory:
 
     Under NNI it is ``$NNI_OUTPUT_DIR``, else ``runs/<name>`` below the current directory. It holds ``recipe.yml`` (as
     run), ``environment.json`` (versions, machine, seed), ``metrics.csv``, ``tensorboard/``, ``checkpoints/``, and what
-    the run produces.
+    the run produces. One process at a time runs in it, from :meth:`begin` to its end.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._lock = ProcessLock(path / ".lock")
 
     @classmethod
     def for_run(cls, name: str, output: Path | None = None) -> RunDirectory:
@@ -93,6 +95,21 @@ class RunDirectory:
     def child(self) -> Path:
         """The result of a search, whether or not it exists yet."""
         return self.path / "child.json"
+
+    def owner(self) -> int | None:
+        """Return the id of another process that runs here, 0 if it is not known, or None if there is none."""
+        return self._lock.owner()
+
+    def refuse_owned(self) -> None:
+        """Make sure that no other process runs here; write nothing.
+
+        Raises:
+            UserError: if one does.
+        """
+        if (owner := self.owner()) is not None:
+            raise UserError(
+                f"{self.path} is in use by process {owner}; wait for its end, or choose another folder with --name."
+            )
 
     def refuse_another(self, recipe: str) -> None:
         """Make sure that the folder is new or holds a run of this very recipe; write nothing.
@@ -111,14 +128,16 @@ class RunDirectory:
             raise UserError(f"The run directory {self.path} cannot be read: {error.strerror}.") from None
 
     def begin(self, recipe: str, seed: int) -> None:
-        """Record what is about to run; a run that goes on has been recorded already.
+        """Make this process the owner of the folder and record what is about to run, unless that has been recorded.
 
         Raises:
-            UserError: as :meth:`refuse_another`, and if the folder cannot be written.
+            UserError: as :meth:`refuse_another` and :meth:`refuse_owned`, and if the folder cannot be written.
         """
         self.refuse_another(recipe)
         file = self.path / "recipe.yml"
         try:
+            if not self._lock.acquire():
+                self.refuse_owned()
             if not file.exists():
                 write_json(self.path / "environment.json", {"seed": seed, **describe_environment()})
                 # Last, because a folder with a recipe counts as begun.
@@ -137,7 +156,12 @@ def describe_environment() -> dict[str, Any]:
             versions[package] = "not installed"
     return {
         "versions": versions,
-        "machine": {"system": platform.platform(), "processor": platform.machine(), "cores": os.cpu_count()},
+        "machine": {
+            "system": platform.platform(),
+            "processor": platform.machine(),
+            "cores": os.cpu_count(),
+            "cuda_visible_devices": os.environ.get("CUDA_VISIBLE_DEVICES"),
+        },
     }
 
 

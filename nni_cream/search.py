@@ -12,6 +12,8 @@ from lightning_fabric.utilities.exceptions import MisconfigurationException
 from nni.nas.evaluator.pytorch import DataLoader, Lightning, Trainer
 from nni.nas.execution import SequentialExecutionEngine
 from nni.nas.execution.event import IntermediateMetricEvent, ModelEventType
+from nni.nas.nn.pytorch import ModelSpace
+from nni.nas.oneshot.pytorch.strategy import OneShotStrategy
 from nni.nas.space import RawFormatModelSpace
 from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.loggers import TensorBoardLogger
@@ -22,6 +24,7 @@ from nni_cream.cost import measure_space
 from nni_cream.data import DataSplits, LabelledImages, load_data
 from nni_cream.data_names import Augmentation, Fractions
 from nni_cream.errors import UserError
+from nni_cream.genotype import Genotype
 from nni_cream.recipe import CreamRecipe, Data, Device, Flops, to_yaml
 from nni_cream.reporting import Reporter, on_terminal
 from nni_cream.runs import RunDirectory
@@ -39,7 +42,8 @@ def search_cream(recipe: CreamRecipe, directory: RunDirectory) -> Child:
     """Search, write the child into ``directory``, and report it."""
     from search_spaces.cream import CreamSpace, plan_space
 
-    if (ended := ended_search(directory)) is not None:
+    reporter = Reporter(directory.path, quiet=on_terminal())
+    if (ended := ended_search(directory, reporter)) is not None:
         return ended
 
     pl.seed_everything(recipe.seed, verbose=False)
@@ -66,17 +70,9 @@ def search_cream(recipe: CreamRecipe, directory: RunDirectory) -> Child:
         seed=recipe.seed,
         ranking_dataloader=make_loader(splits.validation, data),
     )
-    engine = SequentialExecutionEngine()
-    strategy.initialize(RawFormatModelSpace.from_model(space, evaluator), engine)
-
+    initialize(strategy, space, evaluator, reporter)
     # Everything has been checked by now: a start that fails must not claim the folder.
     directory.begin(to_yaml(recipe), recipe.seed)
-    reporter = Reporter(directory.path, quiet=on_terminal())
-
-    def forward(event: IntermediateMetricEvent) -> None:
-        reporter.intermediate(event.metric)
-
-    engine.register_model_event_callback(ModelEventType.IntermediateMetric, forward)
     strategy.run()
 
     module = strategy.oneshot_module
@@ -104,19 +100,50 @@ def search_cream(recipe: CreamRecipe, directory: RunDirectory) -> Child:
         ],
     )
     child.save(directory.child, module.calibrated_network(best.sample))
-    reporter.final({"default": child.accuracy, "flops": child.flops, "params": child.params, "path": str(path)})
+    reporter.final(result_of(child))
     print_child(child, directory)
     return child
 
 
-def ended_search(directory: RunDirectory) -> Child | None:
-    """Return, and print, what the search in ``directory`` has found; None if none has ended there."""
+def initialize(strategy: OneShotStrategy, space: ModelSpace, evaluator: Lightning, reporter: Reporter) -> None:
+    """Make ``strategy`` ready to run in this process, with every epoch that it reports going to ``reporter``.
+
+    Raises:
+        UserError: if the strategy cannot search this space.
+    """
+    engine = SequentialExecutionEngine()
+    strategy.initialize(RawFormatModelSpace.from_model(space, evaluator), engine)
+
+    def forward(event: IntermediateMetricEvent) -> None:
+        reporter.intermediate(event.metric)
+
+    engine.register_model_event_callback(ModelEventType.IntermediateMetric, forward)
+
+
+def ended_search(directory: RunDirectory, reporter: Reporter) -> Child | None:
+    """Return, print and report what the search in ``directory`` has found; None if none has ended there."""
     if not directory.child.exists():
         return None
     child = Child.load(directory.child)
     print(f"{directory.path} holds a search that has ended; choose another folder with --name for a new one.")
+    # NNI starts a trial again whose end it has not seen.
+    reporter.deliver()
+    reporter.final(result_of(child))
     print_child(child, directory)
     return child
+
+
+def result_of(child: Child) -> dict[str, Any]:
+    """Return what NNI is told of a child; its architecture is among it, since the file may lie on another machine."""
+    genotype = isinstance(child.architecture, Genotype)
+    return {
+        # The tuner steers by what the curve shows: of DARTS, the supernet.
+        "default": child.search["supernet_accuracy"] if genotype else child.accuracy,
+        "accuracy": child.accuracy,
+        "flops": child.flops,
+        "params": child.params,
+        "genotype" if genotype else "path": str(child.architecture),
+    }
 
 
 def refuse_unreachable(flops: Flops, plan: SpacePlan, options: Mapping[str, Any], num_classes: int) -> None:
@@ -214,11 +241,13 @@ def make_trainer(epochs: int, device: Device, directory: RunDirectory, **argumen
 
 
 def on_device(device: Device, **arguments: Any) -> Any:
-    """Return a Lightning trainer for the device of a recipe.
+    """Return a Lightning trainer for the device of a recipe; on the CPU, with as many threads as it says.
 
     Raises:
         UserError: if there is no such device.
     """
+    if device.threads is not None:
+        torch.set_num_threads(device.threads)
     try:
         return Trainer(
             accelerator=device.accelerator,

@@ -9,9 +9,6 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from nni.nas.evaluator.pytorch import Lightning
-from nni.nas.execution import SequentialExecutionEngine
-from nni.nas.execution.event import IntermediateMetricEvent, ModelEventType
-from nni.nas.space import RawFormatModelSpace
 from torch import nn
 
 from nni_cream.child import Child
@@ -24,10 +21,12 @@ from nni_cream.runs import RunDirectory
 from nni_cream.search import (
     arrange_in_memory,
     ended_search,
+    initialize,
     load_splits,
     make_loader,
     make_trainer,
     print_child,
+    result_of,
 )
 from nni_cream.strategies.darts import DartsStrategy
 from nni_cream.supernet.batch_norm import recalibrated
@@ -41,7 +40,8 @@ def search_darts(recipe: DartsRecipe, directory: RunDirectory) -> Child:
     """Search, write the child and the pictures of its cells into ``directory``, and report it."""
     from search_spaces.darts import DartsSpace
 
-    if (ended := ended_search(directory)) is not None:
+    reporter = Reporter(directory.path, quiet=on_terminal())
+    if (ended := ended_search(directory, reporter)) is not None:
         return ended
 
     pl.seed_everything(recipe.seed, verbose=False)
@@ -64,17 +64,9 @@ def search_darts(recipe: DartsRecipe, directory: RunDirectory) -> Child:
     if recipe.darts.flops_target is not None:
         settings["flops_target"] = recipe.darts.flops_target * _MILLION
     strategy = DartsStrategy(**settings, reporting_dataloader=validation_loader)
-    engine = SequentialExecutionEngine()
-    strategy.initialize(RawFormatModelSpace.from_model(space, evaluator), engine)
-
+    initialize(strategy, space, evaluator, reporter)
     # Everything has been checked by now: a start that fails must not claim the folder.
     directory.begin(to_yaml(recipe), recipe.seed)
-    reporter = Reporter(directory.path, quiet=on_terminal())
-
-    def forward(event: IntermediateMetricEvent) -> None:
-        reporter.intermediate(event.metric)
-
-    engine.register_model_event_callback(ModelEventType.IntermediateMetric, forward)
     strategy.run()
 
     module = strategy.oneshot_module
@@ -104,15 +96,7 @@ def search_darts(recipe: DartsRecipe, directory: RunDirectory) -> Child:
     )
     save_cells(space.genotype(sample), directory.path)
     child.save(directory.child, network)
-    reporter.final(
-        {
-            "default": child.search["supernet_accuracy"],
-            "child_accuracy": child.accuracy,
-            "flops": child.flops,
-            "params": child.params,
-            "genotype": str(child.architecture),
-        }
-    )
+    reporter.final(result_of(child))
     print_child(child, directory)
     return child
 

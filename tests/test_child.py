@@ -13,7 +13,7 @@ from torch import nn
 
 from nni_cream import child as child_module
 from nni_cream.architecture import CreamPath
-from nni_cream.child import Child, build_network, load_weights
+from nni_cream.child import Candidate, Child, build_network, load_weights
 from nni_cream.errors import UserError
 from nni_cream.genotype import Genotype
 from nni_cream.models.darts import DartsNetwork
@@ -340,3 +340,33 @@ def test_reading_a_child_imports_nothing_heavy(tmp_path: Path, child: Child) -> 
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == f"{child.architecture} False"
+
+
+class TestRank:
+    def test_chooses_among_what_was_found(self, tmp_path: Path) -> None:
+        others = [{"path": [[0], [n]], "accuracy": n / 10, "flops": n, "params": 2 * n} for n in (1, 2)]
+        child = make_child(runners_up=others)
+        assert child.ranked(1) is child
+        third = child.ranked(3)
+        assert (third.architecture, third.accuracy) == (CreamPath.of([[0], [2]]), 0.2)
+        assert (third.flops, third.params, third.data) == (2, 4, child.data)
+        child.save(tmp_path / "child.json", small_network())
+        assert Candidate(tmp_path / "child.json").load(2) == child.ranked(2)
+
+    @pytest.mark.parametrize("found", [make_child(), darts_child()], ids=["Cream", "DARTS"])
+    def test_of_nothing_is_refused(self, found: Child, tmp_path: Path) -> None:
+        file = tmp_path / "child.json"
+        found.save(file, small_network())
+        number = 1 + len(found.runners_up)
+        with pytest.raises(UserError) as caught:
+            Candidate(file).load(3)
+        assert str(caught.value) == f"{file}: rank is 3, but the search found {number}: make it at most that."
+        with pytest.raises(UserError, match="rank is 2, but only a --child of a search has networks of several ranks"):
+            Candidate(None).load(2)
+
+    @pytest.mark.parametrize(
+        "runner_up", [3, {}, {"path": [[0]], "accuracy": "good", "flops": 1, "params": 1}, {"path": 4, "accuracy": 1}]
+    )
+    def test_of_something_damaged_is_refused(self, runner_up: Any) -> None:
+        with pytest.raises(UserError, match="should have 'path', 'accuracy', 'flops' and 'params'"):
+            make_child(runners_up=[runner_up]).ranked(2)

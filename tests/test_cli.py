@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,7 +12,7 @@ import nni
 import pytest
 
 from nni_cream.cli import make_parser, overrides_of, run, tuner_parameters
-from nni_cream.errors import UserError
+from nni_cream.errors import TrainingError, UserError
 from nni_cream.recipe import CreamRecipe, load_recipe
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -173,3 +174,29 @@ def test_a_wrong_command_line_ends_in_one_sentence_and_touches_nothing(
     assert line.startswith("error: ")
     assert expected in line
     assert {path: path.read_bytes() if path.is_file() else None for path in tmp_path.rglob("*")} == before
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        "raise KeyboardInterrupt",
+        # As Lightning does.
+        "try:\n        raise KeyboardInterrupt\n    except KeyboardInterrupt:\n        sys.exit(1)",
+    ],
+    ids=["plain", "Lightning"],
+)
+def test_an_interrupt_ends_the_process_as_a_signal(program: str) -> None:
+    program = f"import sys\nfrom nni_cream.cli import run\ndef main():\n    {program}\nrun(main)"
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
+    assert result.returncode == -signal.SIGINT
+    assert result.stderr == "Interrupted; the same command goes on from the last checkpoint.\n"
+
+
+def test_a_failed_training_is_no_success(capsys: pytest.CaptureFixture[str]) -> None:
+    def main() -> None:
+        raise TrainingError("the loss is nan")
+
+    with pytest.raises(SystemExit) as caught:
+        run(main)
+    assert caught.value.code == 1
+    assert capsys.readouterr().err == "error: the loss is nan\n"

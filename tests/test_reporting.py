@@ -3,6 +3,12 @@ from __future__ import annotations
 import csv
 import json
 import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +16,13 @@ import nni
 import pytest
 from nni.runtime import trial_command_channel
 from nni.runtime.trial_command_channel import ParameterRecord, TrialCommandChannel, set_default_trial_command_channel
+from nni.runtime.trial_command_channel.v3 import TrialCommandChannelV3
 
 from nni_cream.cli import tuner_parameters
-from nni_cream.reporting import Reporter
+from nni_cream.errors import TrainingError, UserError
+from nni_cream.mailbox import Mailbox
+from nni_cream.reporting import Reporter, await_owner
+from nni_cream.runs import RunDirectory
 
 
 class Manager(TrialCommandChannel):
@@ -122,6 +132,171 @@ class TestManager:
         nni.report_final_result({"default": 0.9})
         assert bystander.metrics == []
         assert len(lines(tmp_path)) == 2
+
+
+class Answers:
+    """The other end of NNI's HTTP channel: takes what is put, and answers with ``status``."""
+
+    def __init__(self) -> None:
+        self.status = 200
+        self.taken: list[dict[str, Any]] = []
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_PUT(self) -> None:
+                content = self.rfile.read(int(self.headers["Content-Length"]))
+                if outer.status == 200:
+                    outer.taken.append(nni.load(json.loads(content)["metric"]))
+                self.send_response(outer.status)
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+
+            def log_message(self, *_: Any) -> None:
+                pass
+
+        self.server = HTTPServer(("127.0.0.1", 0), Handler)
+        self.thread = threading.Thread(target=self.server.serve_forever)
+        self.thread.start()
+
+    def close(self) -> None:
+        self.server.shutdown()
+        self.thread.join()
+        self.server.server_close()
+
+
+class TestOutage:
+    @pytest.fixture
+    def answers(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[Answers]:
+        """NNI's own HTTP channel, and what answers it."""
+        answers = Answers()
+        monkeypatch.setenv("NNI_PLATFORM", "local")
+        set_default_trial_command_channel(TrialCommandChannelV3(f"http://127.0.0.1:{answers.server.server_port}/env/x"))
+        monkeypatch.setattr(nni.trial, "_params", {"parameter_id": 5, "parameters": {}})
+        yield answers
+        answers.close()
+
+    # 410: a manager that shuts down, whose answer NNI does not look at; 0: nobody is there.
+    @pytest.mark.parametrize("outage", [410, 500, 0])
+    def test_loses_no_report(
+        self, tmp_path: Path, answers: Answers, outage: int, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        reporter = Reporter(tmp_path, quiet=True)
+        reporter.intermediate(metrics_of(1))
+        if outage:
+            answers.status = outage
+        else:
+            answers.close()
+        for epoch in (2, 3):
+            reporter.intermediate(metrics_of(epoch))
+        waiting = capsys.readouterr().err.splitlines()
+        assert waiting == [f"NNI's manager does not answer; what is reported meanwhile waits in {tmp_path}/unreported."]
+        assert [int(line[1]) for line in lines(tmp_path)[1:]] == [1, 2, 3]
+        assert len(list((tmp_path / "unreported").iterdir())) == 2
+        if outage:
+            answers.status = 200
+            reporter.final({"default": 0.9})
+            reports = [(report["type"], report["sequence"], report["parameter_id"]) for report in answers.taken]
+            assert reports == [("PERIODICAL", 0, 5), ("PERIODICAL", 1, 5), ("PERIODICAL", 2, 5), ("FINAL", 0, 5)]
+            assert [nni.load(report["value"]) for report in answers.taken][1] == metrics_of(2)
+            assert not (tmp_path / "unreported").exists()
+
+    def test_is_made_up_for_by_the_next_process(self, tmp_path: Path, answers: Answers) -> None:
+        answers.status = 500
+        Reporter(tmp_path, quiet=True).intermediate(metrics_of(1))
+        answers.status = 200
+        Reporter(tmp_path, quiet=True).deliver()
+        assert [nni.load(report["value"]) for report in answers.taken] == [metrics_of(1)]
+
+
+class TestTensorBoard:
+    def trial(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
+        """A local trial's folder, and the one that NNI's button opens."""
+        folder = tmp_path / "environments/local-env/trials/T1"
+        monkeypatch.setenv("NNI_OUTPUT_DIR", str(folder))
+        return folder, tmp_path / "trials/T1/output/tensorboard"
+
+    @pytest.mark.parametrize("pressed", [False, True])
+    def test_finds_the_events_where_nni_looks(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, manager: Manager, pressed: bool
+    ) -> None:
+        folder, expected = self.trial(tmp_path, monkeypatch)
+        if pressed:
+            expected.mkdir(parents=True)
+        for _ in range(2):  # the second time as a trial that is started again
+            Reporter(folder, quiet=True)
+            assert expected.resolve() == (folder / "tensorboard").resolve()
+        (folder / "tensorboard/events").write_text("curve")
+        assert (expected / "events").read_text() == "curve"
+
+    def test_folders_of_others_are_left_alone(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, manager: Manager
+    ) -> None:
+        folder, expected = self.trial(tmp_path, monkeypatch)
+        expected.mkdir(parents=True)
+        (expected / "mine").touch()
+        Reporter(folder, quiet=True)
+        Reporter(tmp_path / "elsewhere", quiet=True)
+        assert not expected.is_symlink()
+        assert list(expected.iterdir()) == [expected / "mine"]
+        assert not (tmp_path / "elsewhere").exists()
+
+
+class TestNumbers:
+    @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+    def test_that_are_none_are_no_success(self, tmp_path: Path, manager: Manager, value: float) -> None:
+        reporter = Reporter(tmp_path, quiet=True)
+        with pytest.raises(TrainingError, match=f"In epoch 1 loss is {value}: the training has diverged"):
+            reporter.intermediate(metrics_of(1) | {"loss": value})
+        with pytest.raises(TrainingError, match=f"In the end default is {value}"):
+            reporter.final({"default": value})
+        assert manager.metrics == []
+        assert not (tmp_path / "metrics.csv").exists()
+
+
+class TestSecondProcess:
+    """Of one run directory; see also tests/experiments/test_interruptions.py."""
+
+    @pytest.fixture
+    def owner(self, tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
+        program = "import sys, time; from pathlib import Path; from nni_cream.runs import RunDirectory"
+        program += "; run = RunDirectory(Path(sys.argv[1])); run.begin('name: a\\n', 0); print(1, flush=True)"
+        command = [sys.executable, "-c", program + "; time.sleep(60)", str(tmp_path)]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        assert process.stdout is not None
+        process.stdout.readline()
+        yield process
+        process.kill()
+        process.communicate()
+
+    def test_is_refused_with_the_id_of_the_first(self, tmp_path: Path, owner: subprocess.Popen[str]) -> None:
+        sentence = (
+            f"{tmp_path} is in use by process {owner.pid}; wait for its end, or choose another folder with --name."
+        )
+        with pytest.raises(UserError) as caught:
+            await_owner(RunDirectory(tmp_path))
+        assert str(caught.value) == sentence
+        with pytest.raises(UserError) as caught:
+            RunDirectory(tmp_path).begin("name: a\n", 0)
+        assert str(caught.value) == sentence
+
+    def test_waits_under_nni_and_reports_for_the_first(
+        self, tmp_path: Path, owner: subprocess.Popen[str], manager: Manager
+    ) -> None:
+        Mailbox(tmp_path / "unreported", lambda _: (_ for _ in ()).throw(OSError())).post(
+            {"type": "PERIODICAL", "sequence": 0, "value": metrics_of(1)}
+        )
+        threading.Timer(1.5, owner.kill).start()
+        await_owner(RunDirectory(tmp_path))
+        assert owner.wait() == -signal.SIGKILL
+        assert [metric["value"] for metric in manager.metrics] == [metrics_of(1)]
+
+    def test_that_is_stopped_by_nni_stops_the_first(
+        self, tmp_path: Path, owner: subprocess.Popen[str], manager: Manager
+    ) -> None:
+        threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGINT)).start()
+        with pytest.raises(KeyboardInterrupt):
+            await_owner(RunDirectory(tmp_path))
+        assert owner.wait(timeout=20) != 0
 
 
 class TestTerminal:

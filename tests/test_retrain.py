@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from nni_cream import retrain as module_under_test
+from nni_cream.architecture import CreamPath
 from nni_cream.child import Candidate, Child, build_network
 from nni_cream.cost import measure_network
 from nni_cream.errors import UserError
@@ -183,3 +184,72 @@ def test_looking_whether_the_head_fits_changes_nothing(monkeypatch: pytest.Monke
     for name, tensor in network.state_dict().items():
         assert tensor.device.type == "cpu"
         assert torch.equal(tensor, before[name]), name
+
+
+PATHS = [[[0], [choice], [3], [4], [2], [3], [0]] for choice in (0, 1)]
+
+
+@pytest.fixture
+def board(tmp_path: Path) -> Candidate:
+    """A path and a runner-up."""
+    other = {"path": PATHS[1], "accuracy": 0.4, "flops": 1, "params": 1}
+    data = {"name": "digits", "resolution": 32}
+    child = Child(CreamPath.of(PATHS[0]), 10, 0.5, 1, 2, data, {"name": "a", "seed": 0}, runners_up=[other])
+    file = tmp_path / "board" / "child.json"
+    child.save(file, nn.Linear(1, 1))
+    return Candidate(file)
+
+
+@pytest.mark.parametrize("rank", [1, 2])
+def test_the_rank_says_which_path_is_trained(
+    tmp_path: Path, board: Candidate, arranged: dict[str, Any], rank: int
+) -> None:
+    with pytest.raises(Stopped):
+        run(tmp_path / "run", board, rank=rank)
+    wanted = build_network(str(CreamPath.of(PATHS[rank - 1])), 10, {})
+    assert {n: t.shape for n, t in arranged["module"].model.state_dict().items()} == {
+        name: tensor.shape for name, tensor in wanted.state_dict().items()
+    }
+
+
+@pytest.mark.parametrize("text", [str(CreamPath.of(PATHS[1])), str(GENOTYPE)], ids=["path", "genotype"])
+def test_an_architecture_is_trained_by_its_text(tmp_path: Path, arranged: dict[str, Any], text: str) -> None:
+    with pytest.raises(Stopped):
+        run(tmp_path / "run", Candidate(None, text), data={**RECIPE["data"], "name": "digits"})
+    size = {"kind": "trained", **DARTS} if text.startswith("Genotype") else {}
+    wanted = build_network(text, 10, size)
+    assert arranged["module"].model.state_dict().keys() == wanted.state_dict().keys()
+
+
+def test_there_are_no_weights_of_a_runner_up(tmp_path: Path, board: Candidate) -> None:
+    with pytest.raises(UserError, match="keeps the weights of rank 1 alone, and rank is 2"):
+        run(tmp_path / "run", board, rank=2, inherit_weights=True)
+    with pytest.raises(UserError, match="without a --child of a search there are no weights"):
+        run(tmp_path / "run", Candidate(None, "cream_14"), inherit_weights=True)
+
+
+@pytest.mark.parametrize("threads", [1, 2, None])
+def test_it_computes_with_as_many_threads_as_it_is_told(
+    tmp_path: Path, board: Candidate, arranged: dict[str, Any], threads: int | None
+) -> None:
+    before = torch.get_num_threads()
+    try:
+        with pytest.raises(Stopped):
+            run(tmp_path / "run", board, device={"accelerator": "cpu", "threads": threads})
+        assert torch.get_num_threads() == (threads or before)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_trial_that_nni_starts_again_after_its_end_reports_its_end(
+    tmp_path: Path, board: Candidate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    result = {"network": "a", "test_accuracy": 0.5, "val_accuracy": 0.25, "flops": 3, "params": 4, "folder": "f"}
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/result.json").write_text(json.dumps(result))
+    reported: list[Any] = []
+    monkeypatch.setattr(module_under_test.Reporter, "final", lambda _, metrics: reported.append(metrics))
+    assert run(tmp_path / "run", board) == 0.5
+    assert reported == [
+        {"default": 0.25, "val_accuracy": 0.25, "test_accuracy": 0.5, "flops": 3, "params": 4, "network": "a"}
+    ]

@@ -131,7 +131,7 @@ class TestRunDirectory:
             with pytest.raises(KeyboardInterrupt):
                 RunDirectory(tmp_path).begin("name: a\n", seed=7)
         RunDirectory(tmp_path).begin("name: b\n", seed=7)
-        assert set(contents(tmp_path)) == {"recipe.yml", "environment.json"}
+        assert set(contents(tmp_path)) == {".lock", "recipe.yml", "environment.json"}
 
     def test_always_has_an_environment_beside_a_recipe(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         order: list[str] = []

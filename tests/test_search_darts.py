@@ -158,7 +158,15 @@ class TestWhatASearchLeaves:
     def test_files(self, found: Search) -> None:
         names = {path.name for path in found.folder.iterdir()}
         cells = {f"cell_{kind}.{suffix}" for kind in ("normal", "reduce") for suffix in ("svg", "png")}
-        wanted = {"child.json", "child.safetensors", "metrics.csv", "recipe.yml", "environment.json", "checkpoints"}
+        wanted = {
+            ".lock",
+            "child.json",
+            "child.safetensors",
+            "metrics.csv",
+            "recipe.yml",
+            "environment.json",
+            "checkpoints",
+        }
         assert names == wanted | cells | {"tensorboard"}
         assert (found.folder / "recipe.yml").read_text() == to_yaml(recipe_with())
         assert Child.load(found.folder / "child.json") == found.child
@@ -260,7 +268,7 @@ class TestWhatASearchLeaves:
         assert found.notes.reports == [
             {
                 "default": child.search["supernet_accuracy"],
-                "child_accuracy": child.accuracy,
+                "accuracy": child.accuracy,
                 "flops": child.flops,
                 "params": child.params,
                 "genotype": str(child.architecture),
@@ -323,6 +331,7 @@ class TestWhatASearchIsGiven:
             "eigenvalue": "track",
             "flops_target": 2.5,
             "flops_weight": 3.0,
+            "execution": "textbook",
         }
         taken = {}
 

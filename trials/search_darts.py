@@ -16,17 +16,15 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from nni_cream.cli import make_parser, overrides_of, run
-from nni_cream.recipe import DartsRecipe, load_recipe, to_yaml
-from nni_cream.runs import RunDirectory
+from nni_cream.cli import make_parser, open_run, overrides_of, run
+from nni_cream.recipe import DartsRecipe, load_recipe
 
 
 def main() -> None:
     """Read the settings and run the search."""
     arguments = make_parser(__doc__, ROOT / "experiments/recipes/darts_mnist5k.yml").parse_args()
     recipe = load_recipe(DartsRecipe, arguments.recipe, overrides_of(arguments))
-    directory = RunDirectory.for_run(recipe.name, arguments.output)
-    directory.refuse_another(to_yaml(recipe))
+    directory = open_run(recipe, arguments.output)
 
     from nni_cream.search_darts import search_darts
 

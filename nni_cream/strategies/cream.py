@@ -118,7 +118,7 @@ class CreamStrategy(OneShotStrategy):
         paths = PathSpace(space)
         table = measure_space(space, tuple(images.shape[1:]))
         with torch.no_grad(), batch_statistics(space):
-            num_classes = space(images).shape[-1]
+            num_classes = space(images[:2]).shape[-1]
         self._description = (paths, table, num_classes)
         if self.ranking_dataloader is None:
             self.ranking_dataloader = loader

@@ -271,6 +271,34 @@ def test_retraining_without_a_search_says_so_and_trains_the_published_network(re
     assert json.loads((tmp_path / "runs/retrain-cream_14/result.json").read_text())["network"] == "cream_14"
 
 
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("[[0], [a]]", "'[[0], [a]]' is not a Cream path"),
+        ("Genotype(normal=3)", "A genotype has the fields normal, "),
+        ("cream_41", "timm has no network 'cream_41'; did you mean"),
+    ],
+)
+def test_an_architecture_that_is_none_is_refused(repository: Path, tmp_path: Path, text: str, sentence: str) -> None:
+    full = command(repository, "retrain_child.py", "--set", "data.name=digits", "--architecture", text)
+    result = subprocess.run(full, cwd=tmp_path, capture_output=True, text=True, timeout=TIMEOUT, check=False)
+    assert result.returncode == 2
+    assert result.stderr.splitlines()[-1].startswith("error: ")
+    assert sentence in result.stderr.splitlines()[-1]
+    assert "Traceback" not in result.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_architecture_is_retrained_by_its_text(repository: Path, tmp_path: Path) -> None:
+    path = "[[0], [0], [3], [4, 0], [2], [3], [0]]"
+    full = command(repository, "retrain_child.py", "--set", "data.name=digits", "--architecture", path)
+    full += ["--set", "epochs=1", "--set", "schedule.warmup_epochs=0"]
+    result = subprocess.run(full, cwd=tmp_path, capture_output=True, text=True, timeout=TIMEOUT, check=False)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith(f"Training {path}.")
+    assert json.loads((tmp_path / "runs/retrain-architecture/result.json").read_text())["network"] == path
+
+
 def test_a_last_batch_of_one_image_is_shared_out(repository: Path, tmp_path: Path) -> None:
     assert len(load_data("digits", resolution=32).architecture) == 143 == 2 * 71 + 1
     result = search(repository, tmp_path, "--set", "data.batch_size=71", "--set", "data.workers=1")
