@@ -16,4 +16,15 @@ compat.install()
 wrapt.register_post_import_hook("nni_cream._registration:offer_strategies", "nni.nas.strategy")
 wrapt.register_post_import_hook("nni_cream._registration:offer_networks", "timm.models")
 
-__all__ = ["__version__"]
+
+def list_strategies() -> list[str]:
+    """List the names of the search strategies in ``nni.nas.strategy``: NNI's own and ours."""
+    import inspect
+
+    import nni.nas.strategy as strategies
+
+    kinds = inspect.getmembers(strategies, inspect.isclass)
+    return [name for name, kind in kinds if issubclass(kind, strategies.Strategy) and kind is not strategies.Strategy]
+
+
+__all__ = ["__version__", "list_strategies"]

@@ -23,7 +23,11 @@ def offer_strategies(nni_strategies: ModuleType) -> None:
 
         return getattr(strategies, name)
 
+    def listed() -> list[str]:
+        return sorted({*vars(nni_strategies), *STRATEGIES})
+
     nni_strategies.__getattr__ = find  # type: ignore[method-assign]
+    nni_strategies.__dir__ = listed  # type: ignore[method-assign]
 
 
 def offer_networks(_timm_models: ModuleType) -> None:

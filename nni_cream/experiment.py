@@ -17,13 +17,13 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import requests
 from nni.experiment import Experiment
-from requests import RequestException
 
 from nni_cream.cli import run
 from nni_cream.errors import UserError
@@ -33,6 +33,7 @@ _FIRST_PORT = 8080
 _POLL_SECONDS = 2.0
 _ENDED = {"SUCCEEDED", "FAILED", "USER_CANCELED", "SYS_CANCELED", "EARLY_STOPPED"}
 _LOG_LINES = 20
+_ANSWER_SECONDS = 20
 
 
 def main() -> None:
@@ -48,7 +49,7 @@ def main() -> None:
     port = arguments.port or _free_port()
     with _started(arguments.config, port) as identity:
         print(f"web UI:    http://127.0.0.1:{port}  (experiment {identity})", flush=True)
-        succeeded = _follow(Experiment.connect(port))
+        succeeded = _follow(Experiment.connect(port), port)
     print(f"To look at the web UI again: nnictl view {identity}")
     if not succeeded:
         sys.exit(1)
@@ -72,7 +73,7 @@ def _started(config: Path, port: int) -> Iterator[str]:
         subprocess.run(stop, capture_output=True, check=False)
 
 
-def _follow(experiment: Experiment) -> bool:
+def _follow(experiment: Experiment, port: int) -> bool:
     """Print what trials report until the experiment has ended; tell whether one of them succeeded."""
     shown: set[tuple[str, int]] = set()
     while True:
@@ -81,7 +82,7 @@ def _follow(experiment: Experiment) -> bool:
             status = experiment.get_status()
             trials = experiment.list_trial_jobs()
             metrics = experiment.get_job_metrics()
-        except RequestException as error:
+        except requests.RequestException as error:
             print(f"error: NNI's manager does not answer any more: {error}", file=sys.stderr)
             return False
         for trial, reports in metrics.items():
@@ -91,7 +92,7 @@ def _follow(experiment: Experiment) -> bool:
                     _print_epoch(trial, report.data)
         ended = status == "DONE" and all(trial.status in _ENDED for trial in trials)
         if ended or status in {"ERROR", "STOPPED"}:
-            return _conclude(trials, metrics)
+            return _conclude(trials, metrics, lambda trial: _log_of(port, trial))
         time.sleep(_POLL_SECONDS)
 
 
@@ -100,8 +101,8 @@ def _print_epoch(trial: str, data: Any) -> None:
     print(f"trial {trial}: {text}", flush=True)
 
 
-def _conclude(trials: list[Any], metrics: dict[str, list[Any]]) -> bool:
-    """Print the best trial's result, and the end of the log of those that failed."""
+def _conclude(trials: list[Any], metrics: dict[str, list[Any]], log_of: Callable[[Any], list[str]]) -> bool:
+    """Print the best trial's result, and of those that failed what ``log_of`` gives."""
     results = {}
     for trial in trials:
         finals = [report for report in metrics.get(trial.trialJobId, []) if report.type == "FINAL"]
@@ -109,41 +110,51 @@ def _conclude(trials: list[Any], metrics: dict[str, list[Any]]) -> bool:
             results[trial.trialJobId] = finals[-1].data
         else:
             print(f"trial {trial.trialJobId} ended as {trial.status}; its folder is {trial.logPath}", file=sys.stderr)
-            _print_log(Path(trial.logPath))
+            for line in log_of(trial):
+                print(f"    {line}", file=sys.stderr)
     if not results:
         print("error: no trial succeeded.", file=sys.stderr)
         return False
 
     best = max(results, key=lambda trial: _score(results[trial]))
-    value = results[best]
     print(f"best of {len(results)} finished trials: {best}")
-    if isinstance(value, dict):
-        for name, unit in (
-            ("path", ""),
-            ("genotype", ""),
-            ("flops", " multiply-accumulates"),
-            ("params", " parameters"),
-        ):
-            if name in value:
-                number = value[name]
-                text = f"{number:,}" if isinstance(number, int) else number
-                print(f"{name + ':':<10} {text}{unit}")
-    print(f"accuracy:  {_score(value):.4f} with shared weights, on held-out images")
+    _print_result(results[best])
     folder = next(trial.logPath for trial in trials if trial.trialJobId == best)
     print(f"folder:    {folder}", flush=True)
     return True
+
+
+def _print_result(result: Any) -> None:
+    """Print the metrics that a trial ended with."""
+    metrics = result if isinstance(result, dict) else {}
+    for name in ("path", "genotype", "network"):
+        if name in metrics:
+            print(f"{name + ':':<10} {metrics[name]}")
+    for name, unit in (("flops", "multiply-accumulates"), ("params", "parameters")):
+        if name in metrics:
+            print(f"{name + ':':<10} {metrics[name]:,} {unit}")
+    if "test_accuracy" in metrics:
+        print(f"accuracy:  {_score(result):.4f} on held-out images, {metrics['test_accuracy']:.4f} on test images")
+    else:
+        print(f"accuracy:  {_score(result):.4f} with shared weights, on held-out images")
 
 
 def _score(result: Any) -> float:
     return float(result["default"] if isinstance(result, dict) else result)
 
 
-def _print_log(folder: Path) -> None:
-    for name in ("trial.stderr", "trial.log"):
-        file = folder / name
-        if file.is_file():
-            for line in file.read_text(encoding="utf-8", errors="replace").splitlines()[-_LOG_LINES:]:
-                print(f"    {line}", file=sys.stderr)
+def _log_of(port: int, trial: Any) -> list[str]:
+    """Return the end of what a trial has said, also of one on another machine, from which NNI fetches it."""
+    for name in ("stderr", "trial.log"):
+        address = f"http://127.0.0.1:{port}/api/v1/nni/trial-file/{trial.trialJobId}/{name}"
+        try:
+            answer = requests.get(address, timeout=_ANSWER_SECONDS)
+        except requests.RequestException:
+            return []
+        lines = answer.text.splitlines() if answer.ok else []
+        if lines:
+            return lines[-_LOG_LINES:]
+    return []
 
 
 def _free_port() -> int:

@@ -16,11 +16,9 @@ from typing import Any
 import pytest
 import requests
 import yaml
-from nni.experiment.config import ExperimentConfig
 
 from nni_cream.architecture import CreamPath
 from nni_cream.experiment import _conclude, _free_port
-from tests.conftest import REPOSITORY
 
 NNICTL = [sys.executable, "-m", "nni.tools.nnictl.nnictl"]
 TIMEOUT = 300
@@ -48,18 +46,6 @@ def experiment(tiny: Path) -> Iterator[str]:
     assert found is not None, created.stdout
     yield f"http://127.0.0.1:{port}/api/v1/nni"
     subprocess.run([*NNICTL, "stop", found.group(1)], capture_output=True, check=True)
-
-
-@pytest.mark.parametrize("name", sorted(file.name for file in (REPOSITORY / "experiments").glob("*.yml")))
-def test_shipped_experiments_are_valid_for_nni(repository: Path, name: str) -> None:
-    config = ExperimentConfig.load(repository / "experiments" / name)
-    config.validate()
-    assert not config.trial_gpu_number  # NNI would wait for a GPU in vain where there is none
-    script, recipe = re.findall(r"\S+\.(?:py|yml)", config.trial_command)
-    assert (repository / script).is_file()
-    assert (repository / recipe).is_file()
-    text = (repository / "experiments" / name).read_text()
-    assert text.startswith(f"# nnictl create --config experiments/{name}\n")
 
 
 @pytest.mark.slow
@@ -127,10 +113,36 @@ def test_the_best_finite_result_of_a_finished_trial_wins(capsys: pytest.CaptureF
         "c": [final({"default": float("nan")})],
         "d": [final({"default": 0.9})],
     }
-    assert _conclude(trials, metrics)
-    assert "best of 2 finished trials: b" in capsys.readouterr().out
+    assert _conclude(trials, metrics, lambda trial: [f"last words of {trial.trialJobId}"])
+    said = capsys.readouterr()
+    assert "best of 2 finished trials: b" in said.out
+    assert [line.strip() for line in said.err.splitlines() if "words" in line] == ["last words of c", "last words of d"]
     # A trial that reports NaN is a success for NNI, and for nobody else.
-    assert not _conclude(trials[2:], metrics)
+    assert not _conclude(trials[2:], metrics, lambda _: [])
+
+
+@pytest.mark.parametrize(
+    ("result", "expected"),
+    [
+        (
+            {"default": 0.5, "accuracy": 0.25, "flops": 1234567, "params": 1000, "genotype": "Genotype(…)"},
+            [
+                "genotype:  Genotype(…)",
+                "flops:     1,234,567 multiply-accumulates",
+                "params:    1,000 parameters",
+                "accuracy:  0.5000 with shared weights, on held-out images",
+            ],
+        ),
+        (
+            {"default": 0.75, "val_accuracy": 0.75, "test_accuracy": 0.5, "network": "cream_14"},
+            ["network:   cream_14", "accuracy:  0.7500 on held-out images, 0.5000 on test images"],
+        ),
+    ],
+    ids=["search", "training"],
+)
+def test_a_result_is_printed(result: dict[str, Any], expected: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert _conclude([trial("a", "SUCCEEDED")], {"a": [final(result)]}, lambda _: [])
+    assert capsys.readouterr().out.splitlines()[1:-1] == expected
 
 
 def test_the_runner_says_what_is_wrong_with_the_yaml(tiny: Path) -> None:
