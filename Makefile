@@ -8,6 +8,8 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v p
 VENV ?= .venv
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+# A process a core, with the files of tests shared out among them.
+BESIDE_EACH_OTHER := --numprocesses auto --maxprocesses 4 --dist loadgroup
 
 .PHONY: search search-darts test test-fast check clean
 
@@ -19,10 +21,11 @@ search-darts: $(VENV)/installed
 	@$(BIN)/python trials/retrain_child.py
 
 test: $(VENV)/installed-dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(BESIDE_EACH_OTHER) -m "not alone"
+	$(BIN)/python -m pytest -m alone
 
 test-fast: $(VENV)/installed-dev
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest $(BESIDE_EACH_OTHER) -m "not slow"
 
 check: $(VENV)/installed-dev
 	$(BIN)/ruff format --check .

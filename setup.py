@@ -11,7 +11,7 @@ VERSION = re.search(r'__version__ = "([^"]+)"', (HERE / "nni_cream" / "__init__.
 if VERSION is None:
     raise RuntimeError("nni_cream/__init__.py does not say __version__")
 
-TEST = ["pytest>=8", "psutil>=5.9", "requests>=2.31"]
+TEST = ["pytest>=8", "pytest-xdist>=3.6", "playwright>=1.50", "psutil>=5.9"]
 
 setup(
     name="nni_cream",
@@ -44,6 +44,7 @@ setup(
         "matplotlib>=3.8",
         "pydantic>=2.7,<3",
         "pyyaml>=6",
+        "requests>=2.31",
         "safetensors>=0.4.5",
         "scikit-learn>=1.4",
         "mlxtend>=0.23",

@@ -22,3 +22,21 @@ def _outside_nni(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="session")
 def repository() -> Path:
     return REPOSITORY
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--screenshots", type=Path, help="folder to write the pictures of the documentation into")
+
+
+@pytest.fixture(scope="session")
+def screenshots(request: pytest.FixtureRequest) -> Path | None:
+    folder: Path | None = request.config.getoption("--screenshots")
+    return folder
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Several processes (-n) share the tests file by file; all that start an experiment of NNI's run in one of them."""
+    for item in items:
+        module = str(item.path.relative_to(REPOSITORY))
+        starts_experiments = module.startswith("tests/experiments/") or module == "tests/test_experiment.py"
+        item.add_marker(pytest.mark.xdist_group("experiments" if starts_experiments else module))

@@ -50,6 +50,7 @@ def accuracy_of(training: str, folder: str) -> float:
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_a_cream_search_and_retraining_on_real_images_reach_98_percent(copy_of_project: Path) -> None:
     started = time.monotonic()
     search = run(copy_of_project, "-m", "nni_cream.experiment", "experiments/cream.yml")
@@ -65,6 +66,7 @@ def test_a_cream_search_and_retraining_on_real_images_reach_98_percent(copy_of_p
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_a_darts_search_and_retraining_on_real_images_reach_98_percent(copy_of_project: Path) -> None:
     started = time.monotonic()
     search = run(copy_of_project, "-m", "nni_cream.experiment", "experiments/darts.yml")

@@ -1,0 +1,117 @@
+"""What NNI's users do to experiments, and what happens to them: stop, resume, and a manager that is killed."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import yaml
+
+from nni_cream.experiment import _free_port
+from tests.experiments.running import Running, nnictl, running, tiny_experiment
+
+pytestmark = pytest.mark.slow
+
+# Resumed earlier than this after its end, a manager is disturbed by what is left of it (spec of NNI 3.0, measured).
+AFTERMATH = 26
+
+
+def resume(experiment: Running) -> None:
+    experiment.port = _free_port()
+    nnictl("resume", experiment.identity, "--port", str(experiment.port))
+
+
+def epochs_in(folder: Path) -> list[int]:
+    with (folder / "metrics.csv").open(encoding="utf-8", newline="") as file:
+        return [int(row["epoch"]) for row in csv.DictReader(file)]
+
+
+def trained_epochs(folder: Path) -> list[int]:
+    """The epochs in the order in which processes have trained them, one that was trained twice appearing twice."""
+    return [int(epoch) for epoch in re.findall(r"PRINT epoch (\d+),", (folder / "trial.log").read_text())]
+
+
+def assert_ended_well(experiment: Running, folder: Path, epochs: int) -> None:
+    """The only trial has succeeded in ``folder``; its curve has each epoch in its place, with the table's values."""
+    (trial,) = experiment.await_end()
+    assert trial["status"] == "SUCCEEDED", (folder / "trial.stderr").read_text()
+    assert experiment.folder() == folder
+    curve: dict[int, dict[str, Any]] = {}
+    for _, place, value in experiment.reports("PERIODICAL"):
+        assert value["epoch"] == place + 1
+        curve[place] = value
+    assert sorted(curve) == list(range(epochs))
+    with (folder / "metrics.csv").open(encoding="utf-8", newline="") as file:
+        table = [float(row["val_accuracy"]) for row in csv.DictReader(file)]
+    assert [curve[place]["default"] for place in range(epochs)] == table
+    child = json.loads((folder / "child.json").read_text())
+    assert experiment.reports("FINAL")[-1][2]["default"] == child["accuracy"]
+    assert not (folder / "unreported").exists()
+
+
+def assert_trained_once(folder: Path, before: list[int], epochs: int) -> None:
+    """The second process has trained what the first left, and at most the epoch that the first had not yet saved."""
+    trained = trained_epochs(folder)
+    once = list(range(1, epochs + 1))
+    assert trained in (once, sorted([*once, before[-1]]))
+
+
+def test_a_stopped_experiment_is_resumed_where_it_was(tmp_path: Path) -> None:
+    epochs = 6
+    with running(tiny_experiment(tmp_path, f"epochs={epochs}")) as experiment:
+        experiment.await_epoch(2)
+        folder = experiment.folder()
+        nnictl("stop", experiment.identity)
+        before = epochs_in(folder)
+        assert 2 <= len(before) < epochs
+        resume(experiment)
+        assert_ended_well(experiment, folder, epochs)
+    assert epochs_in(folder) == list(range(1, epochs + 1))
+    assert_trained_once(folder, before, epochs)
+    assert yaml.safe_load((folder / "recipe.yml").read_text())["optimizer"]["lr"] == 0.05  # the tuner's, as before
+
+
+def test_a_trial_outlives_the_manager_and_loses_no_report(tmp_path: Path) -> None:
+    epochs = 8
+    with running(tiny_experiment(tmp_path, f"epochs={epochs}")) as experiment:
+        experiment.await_epoch(2)
+        folder = experiment.folder()
+        first = psutil.Process(int((folder / ".lock").read_text()))
+        experiment.manager().kill()
+        experiment.await_((folder / "unreported").is_dir, "the trial had a report that nobody took")
+        assert first.is_running()
+        # It must not end before NNI starts the trial again.
+        first.suspend()
+        seen = len(epochs_in(folder))
+        assert seen < epochs
+        time.sleep(AFTERMATH)
+
+        resume(experiment)
+        said = f"Process {first.pid} still runs this trial"
+        experiment.await_(lambda: said in (folder / "trial.log").read_text(), "the second process had seen the first")
+        # It reports for the first, and lets it work.
+        experiment.await_epoch(seen)
+        assert first.is_running()
+        first.resume()
+        assert_ended_well(experiment, folder, epochs)
+    assert trained_epochs(folder) == list(range(1, epochs + 1))
+
+
+def test_a_trial_goes_on_from_its_checkpoint_when_it_and_the_manager_were_killed(tmp_path: Path) -> None:
+    epochs = 6
+    with running(tiny_experiment(tmp_path, f"epochs={epochs}")) as experiment:
+        experiment.await_epoch(2)
+        folder = experiment.folder()
+        experiment.manager().kill()
+        psutil.Process(int((folder / ".lock").read_text())).kill()
+        before = epochs_in(folder)
+        time.sleep(AFTERMATH)
+        resume(experiment)
+        assert_ended_well(experiment, folder, epochs)
+    assert_trained_once(folder, before, epochs)

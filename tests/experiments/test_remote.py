@@ -1,0 +1,315 @@
+"""The shipped ``experiments/remote.yml`` on an SSH server of the test's own, with a remote Python of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import pwd
+import random
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import time
+import venv
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path, PurePath
+from typing import Any
+
+import psutil
+import pytest
+import requests
+import yaml
+
+from nni_cream.architecture import CreamPath
+
+SSHD = Path("/usr/sbin/sshd")
+NNICTL = [sys.executable, "-m", "nni.tools.nnictl.nnictl"]
+TIMEOUT = 300
+# What must never travel, wherever it lies; and what a trial cannot do without.
+LEFT_BEHIND = {"runs", "data", ".git", ".venv", "tests", "docs", "benchmarks", "__pycache__"}
+UPLOADED = {
+    "trials/search_cream.py",
+    "experiments/recipes/cream_mnist5k.yml",
+    "search_spaces/cream.py",
+    "nni_cream/__init__.py",
+    "nni_cream/data.py",
+}
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A "remote" machine: an SSH server on the loopback, whose sessions have another home directory."""
+
+    port: int
+    key: Path
+    home: Path
+    log: Path
+
+    @property
+    def entry(self) -> dict[str, Any]:
+        """The machine as an item of NNI's ``machineList``, but for its Python."""
+        return {"host": "127.0.0.1", "port": self.port, "user": _user(), "sshKeyFile": str(self.key)}
+
+
+@pytest.fixture
+def machine(tmp_path: Path) -> Iterator[Machine]:
+    """A running SSH server; nothing that a session has started survives it."""
+    if not SSHD.exists():
+        reason = f"there is no {SSHD} (Debian: apt-get install openssh-server)"
+        if os.environ.get("CI"):
+            pytest.fail(reason)
+        pytest.skip(reason)
+    folder = tmp_path / "ssh"
+    machine = Machine(_free_ports(1), folder / "id_rsa", tmp_path / "remote_home", folder / "sshd.log")
+    folder.mkdir(mode=0o700)
+    machine.home.mkdir()
+    for name in ("id_rsa", "host_key"):
+        generate = ["ssh-keygen", "-q", "-t", "rsa", "-b", "3072", "-m", "PEM", "-N", "", "-f", folder / name]
+        subprocess.run(generate, check=True)
+    config = folder / "sshd_config"
+    # NNI has pip upgrade itself. Here pip finds what is installed and nothing newer, which would change what is tested.
+    environment = {"HOME": machine.home, "OMP_NUM_THREADS": 1, "PIP_NO_INDEX": 1, "PIP_DRY_RUN": 1}
+    config.write_text(
+        f"ListenAddress 127.0.0.1:{machine.port}\n"
+        f"HostKey {folder / 'host_key'}\n"
+        f"AuthorizedKeysFile {machine.key}.pub\n"
+        f"AllowUsers {_user()}\n"
+        "AuthenticationMethods publickey\n"
+        "StrictModes no\n"
+        "UsePAM no\n"
+        "PidFile none\n"
+        "Subsystem sftp internal-sftp\n"
+        f"SetEnv {' '.join(f'{name}={value}' for name, value in environment.items())}\n"
+    )
+    with _privilege_separation_folder(), machine.log.open("wb") as log:
+        server = subprocess.Popen([SSHD, "-D", "-e", "-f", config], stderr=log, env={})
+        try:
+            _wait_for_server(server, machine)
+            yield machine
+        finally:
+            sessions = psutil.Process(server.pid).children(recursive=True) if server.poll() is None else []
+            server.kill()
+            server.wait()
+            _kill([*sessions, *_processes_at_home(machine.home)])
+
+
+@pytest.fixture
+def remote_python(tmp_path: Path) -> Path:
+    """The ``bin`` directory of a second environment: all that is installed in this one, but for this package.
+
+    Its packages are links to those here, since 50,000 files take half a minute to make and remove. So nothing may write
+    there: NNI starts pip, which ``machine`` keeps from finding anything newer and from installing it.
+    """
+    folder = tmp_path / "remote_venv"
+    venv.create(folder, symlinks=True)
+    here = Path(sysconfig.get_paths()["purelib"])
+    there = folder / here.relative_to(sys.prefix)
+    # By folder: the egg-info in the repository is a distribution too, and Python may find it first.
+    installed = metadata.distributions(name="nni_cream", path=[str(here)])
+    ours = {file.parts[0] for distribution in installed for file in distribution.files or []} - {"..", "__pycache__"}
+    for entry in here.iterdir():
+        if entry.name not in ours:
+            (there / entry.name).symlink_to(entry)
+    return folder / "bin"
+
+
+@pytest.fixture
+def tree(repository: Path, tmp_path: Path) -> Path:
+    """A copy of this repository, with something in each of the places that are no part of the code."""
+    copy = tmp_path / "tree"
+    places = ("runs", "data", ".git", ".venv")
+    ignored = shutil.ignore_patterns(*places, ".*_cache", "shared")
+
+    def skip(parent: str, names: list[str]) -> set[str]:
+        # Where pytest's --basetemp is in the repository, the copy would contain itself.
+        return ignored(parent, names) | {name for name in names if Path(parent, name) in tmp_path.parents}
+
+    shutil.copytree(repository, copy, ignore=skip)
+    for place in places:
+        (copy / place).mkdir()
+        (copy / place / "marker").write_bytes(bytes(1024))
+    for place in LEFT_BEHIND - {"__pycache__"}:
+        assert any((copy / place).iterdir())
+    return copy
+
+
+@pytest.fixture
+def settings(repository: Path) -> dict[str, Any]:
+    """The tiny recipe as NNI's tuner sets it: ``tests`` does not travel, so the recipe cannot."""
+    recipe = yaml.safe_load((repository / "tests/experiments/tiny_recipe.yml").read_text())
+    return dict(_flattened(recipe))
+
+
+@pytest.mark.slow
+def test_the_shipped_remote_experiment_brings_the_architecture_back(
+    machine: Machine, remote_python: Path, tree: Path, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    file = tree / "experiments/remote.yml"
+    config = yaml.safe_load(file.read_text())
+    config["nniManagerIp"] = "127.0.0.1"
+    (shipped,) = config["trainingService"]["machineList"]
+    ours = machine.entry | {"pythonPath": str(remote_python)}
+    assert shipped.keys() == ours.keys()
+    config["trainingService"]["machineList"] = [ours]
+    config["searchSpace"] |= {key: {"_type": "choice", "_value": [value]} for key, value in settings.items()}
+    file.write_text(yaml.safe_dump(config))
+
+    with _experiment(file, tmp_path / "local_home") as (identity, address):
+        manager_log = tree / "runs/nni" / identity / "log/nnimanager.log"
+        _wait_until_done(address, [manager_log, machine.log])
+        (trial,) = requests.get(f"{address}/trial-jobs", timeout=20).json()
+        reports = requests.get(f"{address}/metric-data", timeout=20).json()
+
+    worker = machine.home / "nni-experiments" / identity / "environments/remote-worker1"
+    folder = worker / "trials" / trial["trialJobId"]
+    assert trial["status"] == "SUCCEEDED", (folder / "trial.stderr").read_text()
+
+    curve = _values(reports, "PERIODICAL")
+    assert [point["epoch"] for point in curve] == [1, 2]
+    assert all(0 <= point["default"] <= 1 for point in curve)
+    (final,) = _values(reports, "FINAL")
+    # The metrics say all that the machine over there knows of the architecture.
+    child = json.loads((folder / "child.json").read_text())
+    assert CreamPath.parse(final["path"]).to_json() == child["path"]
+    assert (final["default"], final["flops"], final["params"]) == (child["accuracy"], child["flops"], child["params"])
+    assert settings["flops.min"] * 1e6 <= final["flops"] <= settings["flops.max"] * 1e6
+    assert 100_000 < final["params"] < 10_000_000
+
+    # The archive is what was sent; the folder beside it has what the trial added, such as __pycache__.
+    with tarfile.open(worker / "upload/trial_code.tgz") as archive:
+        sizes = {member.name: member.size for member in archive.getmembers()}
+    parts = {part for name in sizes for part in PurePath(name).parts}
+    assert parts & LEFT_BEHIND == set()
+    assert [part for part in parts if part.endswith(".egg-info")] == []
+    assert sizes.keys() >= UPLOADED
+    assert all((worker / "upload/trial_code" / name).is_file() for name in sizes)
+    assert len(sizes) < 150
+    assert sum(sizes.values()) < 1_000_000
+
+    # All this without the package: the remote Python has its dependencies only.
+    command = [remote_python / "python", "-I", "-c", "import nni, torch; print('dependencies'); import nni_cream"]
+    imported = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert imported.stdout == "dependencies\n", imported.stderr
+    assert "No module named 'nni_cream'" in imported.stderr
+
+
+@contextmanager
+def _experiment(config: Path, home: Path) -> Iterator[tuple[str, str]]:
+    """Start an experiment; give its id and the address of its REST interface, and stop it in any case."""
+    home.mkdir()
+    environment = os.environ | {"HOME": str(home)}
+    port = _free_ports(2)
+    create = [*NNICTL, "create", "--config", str(config), "--port", str(port)]
+    try:
+        created = subprocess.run(create, capture_output=True, text=True, check=False, env=environment)
+        found = re.search(r"Experiment ID: (?:\x1b\[\d+m)?(\w+)", created.stdout)
+        assert found is not None, created.stdout + created.stderr
+        try:
+            yield found.group(1), f"http://127.0.0.1:{port}/api/v1/nni"
+        finally:
+            subprocess.run([*NNICTL, "stop", found.group(1)], capture_output=True, check=False, env=environment)
+    finally:
+        _kill(_processes_at_home(home))
+
+
+def _wait_until_done(address: str, logs: list[Path]) -> None:
+    """Wait for the end; where the manager gives up, or it takes too long, fail with the end of its log."""
+    deadline = time.monotonic() + TIMEOUT
+    status = ""
+    while status != "DONE":
+        try:
+            status = requests.get(f"{address}/check-status", timeout=20).json()["status"]
+        except requests.ConnectionError:
+            status = "GONE"
+        if status in {"GONE", "ERROR", "STOPPED"} or time.monotonic() > deadline:
+            tails = [f"{log}:\n{log.read_text(errors='replace')[-3000:]}" for log in logs if log.exists()]
+            pytest.fail("\n".join([f"NNI's manager is {status}.", *tails]))
+        time.sleep(0.5)
+
+
+def _wait_for_server(server: subprocess.Popen[bytes], machine: Machine) -> None:
+    for _ in range(100):
+        if server.poll() is not None:
+            break
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", machine.port)) == 0:
+                return
+        time.sleep(0.1)
+    pytest.fail(f"sshd does not answer: {machine.log.read_text()}")
+
+
+def _values(reports: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
+    chosen = sorted((report for report in reports if report["type"] == kind), key=lambda report: report["sequence"])
+    return [json.loads(json.loads(report["data"])) for report in chosen]
+
+
+def _flattened(settings: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in settings.items():
+        if isinstance(value, dict):
+            yield from _flattened(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+@contextmanager
+def _privilege_separation_folder() -> Iterator[None]:
+    """Make the empty folder that sshd, as root, insists on; Debian's start script makes it too."""
+    folder = Path("/run/sshd")
+    made = os.geteuid() == 0 and not folder.exists()
+    if made:
+        folder.mkdir(mode=0o755)
+    try:
+        yield
+    finally:
+        if made:
+            folder.rmdir()
+
+
+def _processes_at_home(home: Path) -> list[psutil.Process]:
+    """Find what was started with this home directory, also where it has outlived its parents."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get("HOME") == str(home):
+                found.append(process)
+        except psutil.Error:
+            continue
+    return found
+
+
+def _kill(processes: list[psutil.Process]) -> None:
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(processes, timeout=10)
+
+
+def _user() -> str:
+    return pwd.getpwuid(os.geteuid()).pw_name
+
+
+def _free_ports(number: int) -> int:
+    """Return the first of ``number`` ports in a row on which nobody listens; NNI takes the one after its own too.
+
+    At random, because a port is taken only seconds later, and the same test may be looking for one in another process.
+    """
+    for port in random.sample(range(18100, 18899, 2), 400):
+        if all(_is_free(port + offset) for offset in range(number)):
+            return port
+    raise AssertionError("no port is free")
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+        return True

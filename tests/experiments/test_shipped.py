@@ -1,0 +1,130 @@
+"""Every experiment that is shipped: NNI understands it, and its trial can be built with what its tuner chooses."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import runpy
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import nni
+import pytest
+import yaml
+from nni.experiment.config import ExperimentConfig
+from nni.nas.strategy.base import Strategy
+from nni.runtime import trial_command_channel
+from nni.runtime.trial_command_channel import TrialCommandChannel, set_default_trial_command_channel
+from nni.tools.package_utils.tuner_factory import create_builtin_class_instance
+from nni.typehint import ParameterRecord
+
+from nni_cream.data import DataSplits, load_data
+from nni_cream.recipe import CreamRecipe, DartsRecipe, RetrainRecipe, dotted_keys
+from tests.conftest import REPOSITORY
+
+EXPERIMENTS = sorted((REPOSITORY / "experiments").glob("*.yml"))
+RECIPES: dict[str, Any] = {
+    "search_cream.py": CreamRecipe,
+    "search_darts.py": DartsRecipe,
+    "retrain_child.py": RetrainRecipe,
+}
+CLASSES = {"cifar10": 10, "imagenet": 1000}
+
+
+class Built(Exception):
+    """Everything has been built, and would be trained now."""
+
+
+class Manager(TrialCommandChannel):
+    """NNI's manager, from which a trial gets its parameters."""
+
+    def __init__(self, parameters: dict[str, Any]) -> None:
+        self.parameters = parameters
+
+    def receive_parameter(self) -> ParameterRecord:
+        return ParameterRecord(parameter_id=0, parameters=self.parameters)
+
+
+def chosen(config: ExperimentConfig, number: int) -> dict[str, Any]:
+    """What the tuner of the experiment chooses for its first trials."""
+    tuner = create_builtin_class_instance(config.tuner.name, config.tuner.class_args, "tuners")
+    tuner.update_search_space(config.search_space)
+    for trial in range(number):
+        parameters = tuner.generate_parameters(trial)
+    return dict(parameters)
+
+
+@pytest.mark.parametrize("file", EXPERIMENTS, ids=lambda file: file.stem)
+class TestExperiment:
+    def test_says_how_it_is_run(self, file: Path) -> None:
+        assert file.read_text().startswith(f"# nnictl create --config experiments/{file.name}\n#\n# ")
+
+    def test_is_valid_for_nni(self, file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        # NNI asks for the private key of a remote machine, which the user has and this machine may not.
+        (tmp_path / ".ssh").mkdir()
+        (tmp_path / ".ssh/id_rsa").touch()
+        monkeypatch.setenv("HOME", str(tmp_path))
+        config = ExperimentConfig.load(file)
+        config.validate()
+        assert Path(config.canonical_copy().trial_code_directory) == REPOSITORY
+        # NNI would wait for a GPU in vain where there is none, or, on a remote machine, give up altogether.
+        assert not config.trial_gpu_number
+
+    def test_searches_settings_of_its_recipe_and_steers_by_the_accuracy(self, file: Path) -> None:
+        config = ExperimentConfig.load(file)
+        _, script, *_ = shlex.split(config.trial_command)
+        assert set(config.search_space) <= set(dotted_keys(RECIPES[Path(script).name]))
+        for algorithm in (config.tuner, config.assessor):
+            if algorithm is not None and algorithm.name in ("TPE", "Medianstop"):
+                assert algorithm.class_args["optimize_mode"] == "maximize"
+
+    @pytest.mark.slow
+    def test_its_trial_can_be_built(self, file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        config = ExperimentConfig.load(file)
+        parameters = chosen(config, min(2, config.max_trial_number))
+        manager = Manager(json.loads(nni.dump(parameters)))
+        monkeypatch.setattr(trial_command_channel, "_channel", None)
+        monkeypatch.setenv("NNI_PLATFORM", "local")
+        monkeypatch.setenv("NNI_OUTPUT_DIR", str(tmp_path / "trial"))
+        set_default_trial_command_channel(manager)
+
+        def images(data: Any, seed: int) -> DataSplits:
+            # CIFAR-10 and ImageNet are not on this machine.
+            name = data.name if data.name not in CLASSES else "digits"
+            splits = load_data(name, resolution=data.resolution, seed=seed)
+            names = map(str, range(CLASSES.get(data.name, splits.num_classes)))
+            return dataclasses.replace(splits, class_names=tuple(names))
+
+        for module in ("search", "search_darts", "retrain"):
+            monkeypatch.setattr(f"nni_cream.{module}.load_splits", images)
+
+        def stop(*_: Any, **__: Any) -> None:
+            raise Built
+
+        monkeypatch.setattr(Strategy, "run", stop)
+        monkeypatch.setattr("pytorch_lightning.Trainer.fit", stop)
+        # As in the folder of the code, but with a search of the test's own.
+        (tmp_path / "experiments").symlink_to(REPOSITORY / "experiments")
+        search_result(tmp_path / "runs/search/child.json")
+        monkeypatch.chdir(tmp_path)
+        _, script, *arguments = shlex.split(config.trial_command)
+        monkeypatch.setattr(sys, "argv", [script, *arguments])
+        monkeypatch.setattr(sys, "path", [*sys.path])
+        with pytest.raises(Built):
+            runpy.run_path(str(REPOSITORY / script), run_name="__main__")
+        recipe = yaml.safe_load((tmp_path / "trial/recipe.yml").read_text())
+        for key, value in parameters.items():
+            assert functools.reduce(dict.__getitem__, key.split("."), recipe) == value
+
+
+def search_result(file: Path) -> None:
+    """Write what a Cream search finds: a path and two runners-up."""
+    paths = [[[0], [choice], [3], [4, 0, 3], [2], [3], [0]] for choice in (0, 1, 2)]
+    others = [{"path": path, "accuracy": 0.5, "flops": 1, "params": 1} for path in paths[1:]]
+    content = {"format": "nni_cream.child/1", "path": paths[0], "num_classes": 10, "accuracy": 0.9, "flops": 1}
+    content |= {"params": 1, "data": {"name": "mnist5k", "resolution": 32}, "search": {}, "runners_up": others}
+    file.parent.mkdir(parents=True)
+    file.write_text(json.dumps(content))
