@@ -98,6 +98,13 @@ class TestRunDirectory:
         assert environment["versions"]["torch"] == metadata.version("torch")
         assert environment["versions"]["nni"] == "3.0"
 
+    @pytest.mark.parametrize("devices", ["3,1", "", None])
+    def test_notes_the_gpus_that_nni_has_chosen(self, monkeypatch: pytest.MonkeyPatch, devices: str | None) -> None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        if devices is not None:
+            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", devices)
+        assert runs.describe_environment()["machine"]["cuda_visible_devices"] == devices
+
     def test_names_packages_that_are_missing(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(runs, "PACKAGES", ("no-such-package",))
         assert runs.describe_environment()["versions"]["no-such-package"] == "not installed"

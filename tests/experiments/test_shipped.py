@@ -73,6 +73,17 @@ class TestExperiment:
         # NNI would wait for a GPU in vain where there is none, or, on a remote machine, give up altogether.
         assert not config.trial_gpu_number
 
+    def test_takes_nnis_settings_of_gpus(self, file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        (tmp_path / ".ssh").mkdir()
+        (tmp_path / ".ssh/id_rsa").touch()
+        monkeypatch.setenv("HOME", str(tmp_path))
+        config = ExperimentConfig.load(file)
+        config.trial_gpu_number = 1
+        machines = getattr(config.training_service, "machine_list", [config.training_service])
+        for machine in machines:
+            machine.use_active_gpu, machine.gpu_indices = True, [1]
+        config.validate()
+
     def test_searches_settings_of_its_recipe_and_steers_by_the_accuracy(self, file: Path) -> None:
         config = ExperimentConfig.load(file)
         _, script, *_ = shlex.split(config.trial_command)
