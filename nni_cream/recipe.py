@@ -318,6 +318,7 @@ class Darts(Settings):
     eigenvalue: Literal["off", "track", "stop", "rollback"] = "off"
     flops_target: PositiveFloat | None = None
     flops_weight: PositiveFloat = 1.0
+    execution: Literal["fused", "textbook"] = "fused"
 
     @field_validator("eigenvalue", mode="before")
     @classmethod

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from nni_cream.errors import UserError
 from nni_cream.genotype import CELL_INPUTS, KEPT_EDGES, CellKind, Genotype, edge_label, edges_of, inputs_label
 from nni_cream.models.darts_operations import PAPER_OPERATIONS, FactorizedReduce, ReLUConvBN, build_candidate
+from nni_cream.supernet.fused_cell import FusedCell
 from nni_cream.supernet.mixed import ALPHAS
 from nni_cream.supernet.mixed_cell import DiscreteCell, MixedCell, discrete_cell
 
@@ -168,7 +169,8 @@ def _relax_cell(
         return None
     weights = memo[ALPHAS].share(module.kind, len(module.edges), len(module.operations))
     limit = mutate_kwargs.get("skip_limit") if module.kind == "normal" else None
-    return MixedCell(module, weights, limit), True
+    relaxed = MixedCell if mutate_kwargs.get("execution") == "textbook" else FusedCell
+    return relaxed(module, weights, limit), True
 
 
 def _check(channels: int, cells: int, nodes: int, concat: int | None, operations: Sequence[str]) -> None:

@@ -34,6 +34,7 @@ def screenshots(request: pytest.FixtureRequest) -> Path | None:
     return folder
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Several processes (-n) share the tests file by file; all that start an experiment of NNI's run in one of them."""
     for item in items:

@@ -277,7 +277,8 @@ class TestWhatASearchEndsWith:
         Stub.ranking[0] = RankedPath(Stub.ranking[0].sample, 0.98765, Cost(3_701_696, 1_244_890))
         search(tmp_path)
         path = str([list(stage) for stage in self.BEST])
-        assert reported == [{"default": 0.98765, "flops": 3_701_696, "params": 1_244_890, "path": path}]
+        numbers = {"default": 0.98765, "accuracy": 0.98765, "flops": 3_701_696, "params": 1_244_890}
+        assert reported == [{**numbers, "path": path}]
         assert capsys.readouterr().out.splitlines() == [
             f"path:      {path}",
             "FLOPs:     3.70 M multiply-accumulates",
@@ -286,11 +287,17 @@ class TestWhatASearchEndsWith:
             f"folder:    {tmp_path}",
         ]
 
-    def test_the_same_again_searches_nothing(self, tmp_path: Path) -> None:
+    def test_the_same_again_searches_nothing_and_reports_its_end(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        # NNI starts a trial again whose end it has not seen.
+        reported: list[dict[str, Any]] = []
+        monkeypatch.setattr(Reporter, "final", lambda _, metrics: reported.append(metrics))
         child, _ = search(tmp_path)
         before = (tmp_path / "child.json").stat().st_mtime_ns
         assert search(tmp_path)[0] == child  # search() makes sure that there has been one strategy
         assert (tmp_path / "child.json").stat().st_mtime_ns == before
+        assert reported[1:] == reported[:1]
 
 
 class TestFolder:

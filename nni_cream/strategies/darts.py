@@ -27,6 +27,7 @@ from nni_cream.strategies.darts_module import (
     DartsLightningModule,
     DartsSettings,
     EigenvalueGuard,
+    Execution,
     HypergradientKind,
 )
 from nni_cream.supernet.alphas import Alphas
@@ -71,6 +72,9 @@ class DartsStrategy(OneShotStrategy):
             None if it does not matter.
         flops_weight: of the term ``flops_weight · max(0, E[MACs] / flops_target − 1)`` that is then added to the
             validation loss.
+        execution: how the cells of a :class:`search_spaces.darts.DartsSpace` run: ``"fused"``, what leaves one state
+            together (:class:`nni_cream.supernet.fused_cell.FusedCell`), or ``"textbook"``, one operation of one edge
+            after another, as for operations that are changed after the space has been relaxed. The sums are the same.
         reporting_dataloader: held-out images for the accuracy that is reported; the evaluator's validation images,
             which α learns from, if None.
         mutation_hooks: as in NNI.
@@ -100,6 +104,7 @@ class DartsStrategy(OneShotStrategy):
         eigenvalue: EigenvalueGuard = "off",
         flops_target: float | None = None,
         flops_weight: float = 1.0,
+        execution: Execution = "fused",
         reporting_dataloader: Any = None,
         mutation_hooks: list[MutationHook] | None = None,
     ) -> None:
@@ -119,6 +124,7 @@ class DartsStrategy(OneShotStrategy):
             eigenvalue=eigenvalue,
             flops_target=flops_target,
             flops_weight=flops_weight,
+            execution=execution,
         )
         self.reporting_dataloader = reporting_dataloader
         self.alphas = Alphas()
@@ -129,9 +135,10 @@ class DartsStrategy(OneShotStrategy):
         return [relax_choice, refuse]
 
     def run_hook(self, hook: MutationHook, name: str, module: nn.Module, memo: dict[str, Any]) -> Any:
-        """Give the hooks α, and the limit of skip connections."""
+        """Give the hooks α, the limit of skip connections, and how cells are to run."""
         memo[ALPHAS] = self.alphas
-        return hook(module, name, memo, {"skip_limit": self.settings.skip_limit})
+        settings = self.settings
+        return hook(module, name, memo, {"skip_limit": settings.skip_limit, "execution": settings.execution})
 
     def train_dataloader(self, train_dataloader_fn: Callable[[], Any], val_dataloader_fn: Callable[[], Any]) -> Any:
         """Pair every training batch with a batch for α, which start anew when there are fewer of them."""

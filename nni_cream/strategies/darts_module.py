@@ -33,6 +33,7 @@ from nni_cream.supernet.mixed_cell import MixedCell
 
 HypergradientKind = Literal["exact", "finite_difference"]
 EigenvalueGuard = Literal["off", "track", "stop", "rollback"]
+Execution = Literal["fused", "textbook"]
 Batch = tuple[Tensor, Tensor]
 
 TRAIN: Final = "train"
@@ -57,6 +58,7 @@ class DartsSettings:
     eigenvalue: EigenvalueGuard
     flops_target: float | None
     flops_weight: float
+    execution: Execution
 
 
 @dataclass(frozen=True)

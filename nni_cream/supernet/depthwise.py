@@ -9,13 +9,15 @@ that gains.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 Pair = tuple[int, int]
+
+_STRIP: Final = 3
 
 
 class Geometry(NamedTuple):
@@ -28,103 +30,15 @@ class Geometry(NamedTuple):
     kernel_size: Pair
 
 
-class _Form(torch.autograd.Function):
-    """A bilinear form of two tensors; its derivatives are given by :attr:`partners`."""
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        first, second, ctx.geometry = inputs
-        ctx.save_for_backward(first, second)
-        ctx.save_for_forward(first, second)
-
-
-class _Convolve(_Form):
-    """(input, weight) to output."""
-
-    @staticmethod
-    def forward(features: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
-        return _convolve(features, weight, geometry)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        features, weight = ctx.saved_tensors
-        needs = ctx.needs_input_grad
-        return (
-            _InputGradient.apply(grad, weight, ctx.geometry) if needs[0] else None,
-            _WeightGradient.apply(features, grad, ctx.geometry) if needs[1] else None,
-            None,
-        )
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> Tensor:
-        return _bilinear_tangent(_convolve, ctx, tangents)
-
-
-class _InputGradient(_Form):
-    """(gradient of the output, weight) to gradient of the input."""
-
-    @staticmethod
-    def forward(grad: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
-        return _input_gradient(grad, weight, geometry)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        output_grad, weight = ctx.saved_tensors
-        needs = ctx.needs_input_grad
-        return (
-            _Convolve.apply(grad, weight, ctx.geometry) if needs[0] else None,
-            _WeightGradient.apply(grad, output_grad, ctx.geometry) if needs[1] else None,
-            None,
-        )
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> Tensor:
-        return _bilinear_tangent(_input_gradient, ctx, tangents)
-
-
-class _WeightGradient(_Form):
-    """(input, gradient of the output) to gradient of the weight."""
-
-    @staticmethod
-    def forward(features: Tensor, grad: Tensor, geometry: Geometry) -> Tensor:
-        return _weight_gradient(features, grad, geometry)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        features, output_grad = ctx.saved_tensors
-        needs = ctx.needs_input_grad
-        return (
-            _InputGradient.apply(output_grad, grad, ctx.geometry) if needs[0] else None,
-            _Convolve.apply(features, grad, ctx.geometry) if needs[1] else None,
-            None,
-        )
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> Tensor:
-        return _bilinear_tangent(_weight_gradient, ctx, tangents)
-
-
-def _bilinear_tangent(form: Callable[..., Tensor], ctx: Any, tangents: Any) -> Tensor:
-    first, second = ctx.saved_tensors
-    pairs = ((tangents[0], second), (first, tangents[1]))
-    terms = [form(a, b, ctx.geometry) for a, b in pairs if a is not None and b is not None]
-    return terms[0] if len(terms) == 1 else terms[0] + terms[1]
-
-
 def _convolve(features: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
     return F.conv2d(
         features, weight, None, geometry.stride, geometry.padding, geometry.dilation, groups=weight.shape[0]
     )
 
 
-def _torch_is_fast(tensor: Tensor, geometry: Geometry) -> bool:
-    # Measured on CPUs: nothing is gained for a plain 3×3. Other devices have kernels of their own.
-    return tensor.device.type != "cpu" or (geometry.kernel_size == (3, 3) and geometry.dilation == (1, 1))
-
-
 def _input_gradient(grad: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
     stride, padding, dilation, size, kernel = geometry
-    if _torch_is_fast(grad, geometry):
+    if grad.device.type != "cpu":
         features = grad.new_empty(1).expand(len(grad), len(weight), *size)
         return _torch_gradient(grad, features, weight, geometry, 0)
     reach = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
@@ -140,17 +54,77 @@ def _input_gradient(grad: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
 
 
 def _weight_gradient(features: Tensor, grad: Tensor, geometry: Geometry) -> Tensor:
-    stride, padding, dilation, _, kernel = geometry
+    stride, padding, dilation, size, kernel = geometry
     images, channels = features.shape[:2]
-    if _torch_is_fast(features, geometry):
+    # Measured on CPUs: nothing is gained for a plain 3×3. Other devices have kernels of their own.
+    if features.device.type != "cpu" or (kernel == (_STRIP, _STRIP) and dilation == (1, 1)):
         weight = features.new_empty(1).expand(channels, 1, *kernel)
         return _torch_gradient(grad, features, weight, geometry, 1)
+    if _is_channels_last(features) and kernel[1] in (_STRIP, 5):
+        large = all(out >= k for out, k in zip(grad.shape[2:], kernel, strict=True))
+        if dilation == (1, 1) and (kernel[1], padding[1]) == (5, 2) and large:
+            return _weight_gradient_of_five(features, grad, geometry)
+        if _is_dense(geometry, grad):
+            # The pixels between two taps take no part in a convolution of the others.
+            plain = geometry._replace(
+                padding=(padding[0] // dilation[0], padding[1] // dilation[1]),
+                dilation=(1, 1),
+                input_size=(size[0] // dilation[0], size[1] // dilation[1]),
+            )
+            return _weight_gradient(_between(features, dilation), _between(grad, dilation), plain)
     # Every channel of every image becomes a channel of one image, and its output's gradient that channel's kernel;
     # stride and dilation exchange their roles.
     planes = features.reshape(1, images * channels, *features.shape[2:])
     kernels = grad.reshape(images * channels, 1, *grad.shape[2:])
     products = F.conv2d(planes, kernels, None, dilation, padding, stride, groups=images * channels)
     return products[:, :, : kernel[0], : kernel[1]].reshape(images, channels, 1, *kernel).sum(0)
+
+
+def _weight_gradient_of_five(features: Tensor, grad: Tensor, geometry: Geometry) -> Tensor:
+    """Return the weight gradient of an undilated k×5 convolution with a padding of 2, three columns at a time.
+
+    oneDNN has a fast kernel for a width of three, and none for others. Between two rows of pixels in memory lie two
+    zeros, padding on the right of one and on the left of the next, so that the columns on the right see the same memory
+    two pixels further on.
+    """
+    images, channels, height, width = features.shape
+    pixels = images * height * (width + 2)
+    memory = features.new_empty(pixels + 2, channels)
+    memory[pixels:].zero_()
+    rows = memory[:pixels].view(images, height, width + 2, channels)
+    rows[:, :, :2].zero_()
+    rows[:, :, 2:].copy_(features.permute(0, 2, 3, 1))
+    strip = geometry._replace(padding=(geometry.padding[0], 0), kernel_size=(geometry.kernel_size[0], _STRIP))
+    weight = features.new_empty(1).expand(channels, 1, *strip.kernel_size)
+    left, right = (
+        _torch_gradient(grad, memory[first : first + pixels].view_as(rows).permute(0, 3, 1, 2), weight, strip, which=1)
+        for first in (0, 2)
+    )
+    return torch.cat([left, right[..., 1:]], dim=3)
+
+
+def _is_channels_last(features: Tensor) -> bool:
+    return features.is_contiguous(memory_format=torch.channels_last) and not features.is_contiguous()
+
+
+def _is_dense(geometry: Geometry, grad: Tensor) -> bool:
+    """Tell whether a dilated convolution consists of undilated ones, large enough for their kernel, and no more."""
+    sizes = zip(geometry.dilation, geometry.padding, geometry.input_size, geometry.kernel_size, strict=True)
+    return (
+        geometry.dilation != (1, 1)
+        and geometry.stride == (1, 1)
+        and tuple(grad.shape[2:]) == geometry.input_size
+        and all(size % d == 0 and p % d == 0 and size // d >= k for d, p, size, k in sizes)
+    )
+
+
+def _between(features: Tensor, dilation: Pair) -> Tensor:
+    """Make every set of pixels that a dilated convolution joins an image of its own."""
+    images, channels, height, width = features.shape
+    down, right = dilation
+    pixels = features.permute(0, 2, 3, 1).reshape(images, height // down, down, width // right, right, channels)
+    parts = pixels.permute(0, 2, 4, 1, 3, 5).reshape(-1, height // down, width // right, channels)
+    return parts.permute(0, 3, 1, 2)
 
 
 def _torch_gradient(grad: Tensor, features: Tensor, weight: Tensor, geometry: Geometry, which: int) -> Tensor:
@@ -170,6 +144,120 @@ def _torch_gradient(grad: Tensor, features: Tensor, weight: Tensor, geometry: Ge
     )
     gradient: Tensor = gradients[which]
     return gradient
+
+
+class _Form(torch.autograd.Function):
+    """A bilinear form of two tensors; its derivatives are forms again.
+
+    ``forward`` takes the context itself, not ``setup_context``: with that, a call costs as much as a small convolution.
+
+    Attributes:
+        compute: the form itself, without derivatives.
+    """
+
+    compute: Callable[[Tensor, Tensor, Geometry], Tensor]
+
+    @classmethod
+    def keep(cls, ctx: Any, first: Tensor, second: Tensor, geometry: Geometry) -> Tensor:
+        """Return the value, and keep the arguments for the derivatives."""
+        ctx.geometry = geometry
+        ctx.save_for_backward(first, second)
+        ctx.save_for_forward(first, second)
+        return cls.compute(first, second, geometry)
+
+
+def _differentiable(form: type[_Form], first: Tensor, second: Tensor, geometry: Geometry) -> Tensor:
+    # Where derivatives are not recorded, the call of a Function is saved.
+    call = form.apply if torch.is_grad_enabled() else form.compute
+    result: Tensor = call(first, second, geometry)
+    return result
+
+
+class _Convolve(_Form):
+    """(input, weight) to output."""
+
+    compute = staticmethod(_convolve)
+
+    @staticmethod
+    def forward(ctx: Any, features: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
+        return _Convolve.keep(ctx, features, weight, geometry)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        features, weight = ctx.saved_tensors
+        needs = ctx.needs_input_grad
+        return (
+            _differentiable(_InputGradient, grad, weight, ctx.geometry) if needs[0] else None,
+            _differentiable(_WeightGradient, features, grad, ctx.geometry) if needs[1] else None,
+            None,
+        )
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Tensor:
+        return _bilinear_tangent(_convolve, ctx, tangents)
+
+
+class _InputGradient(_Form):
+    """(gradient of the output, weight) to gradient of the input."""
+
+    compute = staticmethod(_input_gradient)
+
+    @staticmethod
+    def forward(ctx: Any, grad: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
+        return _InputGradient.keep(ctx, grad, weight, geometry)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        output_grad, weight = ctx.saved_tensors
+        needs = ctx.needs_input_grad
+        return (
+            _differentiable(_Convolve, grad, weight, ctx.geometry) if needs[0] else None,
+            _differentiable(_WeightGradient, grad, output_grad, ctx.geometry) if needs[1] else None,
+            None,
+        )
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Tensor:
+        return _bilinear_tangent(_input_gradient, ctx, tangents)
+
+
+class _WeightGradient(_Form):
+    """(input, gradient of the output) to gradient of the weight."""
+
+    compute = staticmethod(_weight_gradient)
+
+    @staticmethod
+    def forward(ctx: Any, features: Tensor, grad: Tensor, geometry: Geometry) -> Tensor:
+        return _WeightGradient.keep(ctx, features, grad, geometry)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        features, output_grad = ctx.saved_tensors
+        needs = ctx.needs_input_grad
+        return (
+            _differentiable(_InputGradient, output_grad, grad, ctx.geometry) if needs[0] else None,
+            _differentiable(_Convolve, features, grad, ctx.geometry) if needs[1] else None,
+            None,
+        )
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Tensor:
+        return _bilinear_tangent(_weight_gradient, ctx, tangents)
+
+
+def _bilinear_tangent(form: Callable[..., Tensor], ctx: Any, tangents: Any) -> Tensor:
+    first, second = ctx.saved_tensors
+    pairs = ((tangents[0], second), (first, tangents[1]))
+    terms = [form(a, b, ctx.geometry) for a, b in pairs if a is not None and b is not None]
+    return terms[0] if len(terms) == 1 else terms[0] + terms[1]
+
+
+def convolve(features: Tensor, weight: Tensor, stride: Pair, padding: Pair, dilation: Pair) -> Tensor:
+    """Convolve [N, C, H, W] depthwise with ``weight`` [C, 1, k, k], with the derivatives of this module."""
+    height, width, kernel = *features.shape[2:], weight.shape[2:]
+    geometry = Geometry(stride, padding, dilation, (height, width), (kernel[0], kernel[1]))
+    output: Tensor = _Convolve.apply(features, weight, geometry)
+    return output
 
 
 class DepthwiseConv2d(nn.Conv2d):
@@ -192,16 +280,8 @@ class DepthwiseConv2d(nn.Conv2d):
 
     def forward(self, features: Tensor) -> Tensor:
         """Convolve."""
-        height, width = features.shape[2:]
-        geometry = Geometry(
-            self.stride,  # type: ignore[arg-type]
-            self.padding,  # type: ignore[arg-type]
-            self.dilation,  # type: ignore[arg-type]
-            (height, width),
-            self.kernel_size,  # type: ignore[arg-type]
-        )
-        output: Tensor = _Convolve.apply(features, self.weight, geometry)
-        return output
+        pairs: Any = (self.stride, self.padding, self.dilation)
+        return convolve(features, self.weight, *pairs)
 
 
 def with_explicit_derivatives(module: nn.Module) -> nn.Module:

@@ -137,7 +137,7 @@ def test_the_tensorboard_button_opens_the_curves_of_the_trial(page: Page, experi
             return None
         return answer.json().get(run)
 
-    assert "train_loss" in experiment.await_(tags, "TensorBoard had the curves", seconds=60)
+    assert "train_loss" in experiment.await_(tags, "TensorBoard had the curves", seconds=120)
     events = EventAccumulator(str(experiment.folder() / "tensorboard")).Reload()
     assert len(events.Scalars("val_accuracy")) == EPOCHS
 

@@ -20,6 +20,7 @@ from nni_cream.errors import UserError
 from nni_cream.genotype import Genotype, edge_label, edges_of, inputs_label
 from nni_cream.models.darts_operations import OPERATIONS, PAPER_OPERATIONS, FactorizedReduce, ReLUConvBN
 from nni_cream.strategies.darts import DartsStrategy
+from nni_cream.supernet.fused_cell import FusedCell
 from nni_cream.supernet.mixed_cell import DiscreteCell, MixedCell
 from search_spaces.darts import DartsCell, DartsSpace
 from tests.reference import golden, run_through
@@ -247,9 +248,13 @@ class TestStrategies:
         space = build(nodes=3, cells=4)
         strategy = DartsStrategy()
         assert strategy.mutate_model(space) is space
-        assert all(type(cell) is MixedCell for cell in space.cells)
+        assert all(type(cell) is FusedCell for cell in space.cells)
         assert [tuple(strategy.alphas[name].shape) for name in ("normal", "reduce")] == [(9, 3), (9, 3)]
         assert len(strategy.alphas) == 2
+
+    def test_as_in_the_textbook(self) -> None:
+        space = DartsStrategy(execution="textbook").mutate_model(build(nodes=3, cells=4))
+        assert all(type(cell) is MixedCell for cell in space.cells)
 
     def test_parts_stay_the_same_ones(self) -> None:
         space = build()

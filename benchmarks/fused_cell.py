@@ -1,0 +1,257 @@
+"""Time the fused execution of DARTS cells against the textbook's, and a search's steps against each other and NNI's.
+
+    python benchmarks/fused_cell.py
+
+All that is compared takes turns in one process, in float32; ratios are of medians. *Forward and backward* gives the
+gradients in all weights and α. The reference of its target is the textbook execution with PyTorch's own convolutions,
+contiguous in memory, as published; the package's textbook execution, whose depthwise convolutions have
+derivatives of their own, stands beside it. *Steps* are timed inside a training by NNI's evaluator and engine: of NNI's
+``DARTS``, and of ``DartsStrategy``. *Memory* is by how much the peak of the resident memory of a new process rises in
+two steps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import multiprocessing
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from common import mean_and_spread, save_result
+from exact_product import with_torch_derivatives
+from nni.nas.evaluator.pytorch import DataLoader, Lightning, LightningModule, Trainer
+from nni.nas.execution import SequentialExecutionEngine
+from nni.nas.space import RawFormatModelSpace
+from nni.nas.strategy import DARTS
+from pytorch_lightning.callbacks import Callback
+from torch.utils.data import TensorDataset
+
+from nni_cream.strategies.darts import DartsStrategy
+from search_spaces.darts import DartsSpace
+
+# Channels, cells, images in a batch.
+SHAPES = ((8, 5, 32), (16, 8, 8))
+CLASSES, RESOLUTION = 10, 32
+STEPS: dict[str, Callable[[], Any]] = {
+    "NNI's DARTS": lambda: DARTS(arc_learning_rate=3e-4, gradient_clip_val=5.0),
+    "first order, textbook": lambda: DartsStrategy(order="first", execution="textbook"),
+    "first order": lambda: DartsStrategy(order="first"),
+    "finite difference": lambda: DartsStrategy(hypergradient="finite_difference"),
+    "exact": lambda: DartsStrategy(hypergradient="exact"),
+}
+TARGETS: dict[str, tuple[str, float]] = {
+    "forward and backward, textbook / fused": (">=", 3.0),
+    "step, NNI's DARTS / first order": (">=", 2.5),
+    "step, finite difference / first order": ("<=", 2.3),
+    "step, exact / first order": ("<=", 2.8),
+    "memory, finite difference / first order": ("<=", 1.1),
+    "memory, exact / first order": ("<=", 2.5),
+}
+
+
+class Classifier(LightningModule):
+    """Cross entropy, and the paper's optimizer of the weights."""
+
+    def forward(self, images: torch.Tensor) -> Any:
+        """Return logits."""
+        return self.model(images)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        """Return the loss."""
+        images, labels = batch
+        return F.cross_entropy(self(images), labels)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        """Do nothing."""
+
+    def configure_optimizers(self) -> Any:
+        """Return the optimizer."""
+        return torch.optim.SGD(self.parameters(), 0.025, momentum=0.9, weight_decay=3e-4)
+
+
+class Stopwatch(Callback):
+    """Times steps, all but the first."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+        self._started = 0.0
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        """Start."""
+        self._started = time.perf_counter()
+
+    def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Stop."""
+        if batch_idx:
+            self.seconds.append(time.perf_counter() - self._started)
+
+
+def search(kind: str, shape: tuple[int, int, int], memory_format: Any, steps: int) -> list[float]:
+    """Search for a few steps and return how long all but the first took."""
+    channels, cells, batch = shape
+    torch.manual_seed(0)
+    images = torch.randn(batch * steps, 3, RESOLUTION, RESOLUTION).to(memory_format=memory_format)
+    data = DataLoader(TensorDataset(images, torch.randint(CLASSES, (len(images),))), batch_size=batch)
+    watch = Stopwatch()
+    trainer = Trainer(
+        max_epochs=1,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        limit_val_batches=1,
+        callbacks=[watch],
+    )
+    evaluator = Lightning(Classifier(), trainer, train_dataloaders=data, val_dataloaders=data)
+    space: Any = DartsSpace(CLASSES, channels=channels, cells=cells).to(memory_format=memory_format)
+    STEPS[kind]()(RawFormatModelSpace.from_model(space, evaluator), SequentialExecutionEngine())
+    return watch.seconds
+
+
+def passes(shape: tuple[int, int, int]) -> dict[str, Callable[[], Any]]:
+    """Return forward and backward passes by name."""
+    channels, cells, batch = shape
+    found: dict[str, Callable[[], Any]] = {}
+    images, labels = torch.randn(batch, 3, RESOLUTION, RESOLUTION), torch.randint(CLASSES, (batch,))
+    for name, execution, torchs, memory_format in (
+        ("textbook", "textbook", True, torch.contiguous_format),
+        ("textbook, own derivatives", "textbook", False, torch.contiguous_format),
+        ("textbook, own derivatives, channels last", "textbook", False, torch.channels_last),
+        ("fused", "fused", False, torch.channels_last),
+    ):
+        torch.manual_seed(0)
+        strategy = DartsStrategy(execution=execution)
+        space: Any = strategy.mutate_model(DartsSpace(CLASSES, channels=channels, cells=cells))
+        if torchs:
+            with_torch_derivatives(space)
+        space.to(memory_format=memory_format)
+        variables = [*space.parameters(), *strategy.alphas.parameters()]
+        given = images.to(memory_format=memory_format)
+
+        def run(space: Any = space, given: Any = given, variables: Any = variables) -> torch.Tensor:
+            loss = F.cross_entropy(space(given), labels)
+            torch.autograd.grad(loss, variables)
+            return loss.detach()
+
+        found[name] = run
+    losses = torch.stack([run() for run in found.values()])
+    assert torch.allclose(losses, losses[:1], rtol=1e-4)
+    return found
+
+
+def peak_memory(kind: str, shape: tuple[int, int, int], memory_format: Any) -> float:
+    """Return by how many MiB the peak of a new process's memory rises in a search of two steps."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(_rise, (kind, shape, str(memory_format).removeprefix("torch.")))
+
+
+def _rise(kind: str, shape: tuple[int, int, int], memory_format: str) -> float:
+    be_quiet()
+    before = _peak()
+    search(kind, shape, getattr(torch, memory_format), 2)
+    return _peak() - before
+
+
+def _peak() -> float:
+    # Not getrusage(), which a new process inherits from its parent.
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    return int(status.partition("VmHWM:")[2].split()[0]) / 1024
+
+
+def be_quiet() -> None:
+    """Leave out what NNI and Lightning say of every small run."""
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+
+
+def measure(shape: tuple[int, int, int], repeats: int, rounds: int, steps: int) -> dict[str, Any]:
+    """Measure everything at one shape."""
+    functions = passes(shape)
+    timed: dict[str, list[float]] = {name: [] for name in functions}
+    for _ in range(repeats):
+        for name, function in functions.items():
+            started = time.perf_counter()
+            function()
+            timed[name].append(time.perf_counter() - started)
+    searched: dict[str, list[float]] = {kind: [] for kind in STEPS}
+    for _ in range(rounds):
+        for kind, seconds in searched.items():
+            # NNI's own strategy as its users have it: contiguous.
+            memory_format = torch.contiguous_format if kind == "NNI's DARTS" else torch.channels_last
+            seconds += search(kind, shape, memory_format, steps)
+    kinds = ("first order", "finite difference", "exact")
+    memory = {kind: peak_memory(kind, shape, torch.channels_last) for kind in kinds}
+    fused, first = statistics.median(timed["fused"]), statistics.median(searched["first order"])
+    ratios = {
+        f"forward and backward, {name} / fused": statistics.median(seconds) / fused
+        for name, seconds in timed.items()
+        if name != "fused"
+    }
+    ratios |= {
+        f"step, {kind} / first order": statistics.median(searched[kind]) / first
+        for kind in searched
+        if kind != "first order"
+    }
+    ratios |= {f"memory, {kind} / first order": memory[kind] / memory["first order"] for kind in kinds[1:]}
+    return {
+        "shape": dict(zip(("channels", "cells", "batch"), shape, strict=True)),
+        "seconds": {
+            name: {"median": statistics.median(seconds), **mean_and_spread(seconds), "all": seconds}
+            for name, seconds in {**timed, **{f"step, {kind}": times for kind, times in searched.items()}}.items()
+        },
+        "memory_mib": memory,
+        "ratios": {name: {"ratio": ratio, **judged(name, ratio)} for name, ratio in ratios.items()},
+    }
+
+
+def judged(name: str, ratio: float) -> dict[str, Any]:
+    """Return the target of a ratio, and whether it is met, if there is one."""
+    if name not in TARGETS:
+        return {}
+    sign, bound = TARGETS[name]
+    met = ratio >= bound if sign == ">=" else ratio <= bound
+    return {"target": f"{sign} {bound:g}", "verdict": "met" if met else "missed"}
+
+
+def main() -> None:
+    """Measure, write the result, and print it as a table."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--repeats", type=int, default=7, help="forward and backward passes of each kind")
+    parser.add_argument("--rounds", type=int, default=3, help="searches of each kind")
+    parser.add_argument("--steps", type=int, default=3, help="steps of a search, of which the first does not count")
+    arguments = parser.parse_args()
+    be_quiet()
+    results = []
+    print("| C, cells, batch | what | ratio | target | |")
+    print("|---|---|---|---|---|")
+    for shape in SHAPES:
+        results.append(measure(shape, arguments.repeats, arguments.rounds, arguments.steps))
+        for name, found in results[-1]["ratios"].items():
+            judgement = f"{found.get('target', '')} | {found.get('verdict', '')}"
+            print(f"| {', '.join(map(str, shape))} | {name} | {found['ratio']:.2f} | {judgement} |", flush=True)
+    file = save_result(
+        "fused_cell",
+        {
+            "what": "fused execution of DARTS cells; ratios of medians of seconds, and of MiB",
+            "resolution": RESOLUTION,
+            "threads": torch.get_num_threads(),
+            "repeats": arguments.repeats,
+            "rounds": arguments.rounds,
+            "steps": arguments.steps,
+            "results": results,
+        },
+    )
+    print(f"written to {file}")
+
+
+if __name__ == "__main__":
+    main()
