@@ -9,7 +9,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 # A process a core, with the files of tests shared out among them.
-BESIDE_EACH_OTHER := --numprocesses auto --maxprocesses 4 --dist loadgroup
+BESIDE_EACH_OTHER := --numprocesses auto --maxprocesses 4 --dist loadfile
 
 .PHONY: search search-darts test test-fast check clean
 

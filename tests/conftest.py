@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -34,10 +35,15 @@ def screenshots(request: pytest.FixtureRequest) -> Path | None:
     return folder
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the marks
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Several processes (-n) share the tests file by file; all that start an experiment of NNI's run in one of them."""
-    for item in items:
-        module = str(item.path.relative_to(REPOSITORY))
-        starts_experiments = module.startswith("tests/experiments/") or module == "tests/test_experiment.py"
-        item.add_marker(pytest.mark.xdist_group("experiments" if starts_experiments else module))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Share the tests out file by file (-n); those that start experiments of NNI's, which take ports, stay together."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file: str = super()._split_scope(nodeid)
+            starts_experiments = file.startswith("tests/experiments/") or file == "tests/test_experiment.py"
+            return "experiments" if starts_experiments else file
+
+    return Scheduling(config, log)
