@@ -8,7 +8,7 @@ import shutil
 import statistics
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,25 @@ def settings_arguments(settings: dict[str, Any]) -> list[str]:
 def mean_and_spread(values: Sequence[float]) -> dict[str, float]:
     """Return mean and standard deviation (n − 1)."""
     return {"mean": statistics.mean(values), "sd": statistics.stdev(values) if len(values) > 1 else 0.0}
+
+
+def judged(ratio: float, target: tuple[str, float] | None) -> dict[str, Any]:
+    """Return a ratio with its target, ``(">=" or "<=", bound)``, and whether that is met."""
+    if target is None:
+        return {"ratio": ratio}
+    sign, bound = target
+    met = ratio >= bound if sign == ">=" else ratio <= bound
+    return {"ratio": ratio, "target": f"{sign} {bound:g}", "verdict": "met" if met else "missed"}
+
+
+def table(rows: Mapping[str, Mapping[str, dict[str, Any]]]) -> str:
+    """Write ratios, by setting and by what they are of, as a table."""
+    lines = ["| setting | what | ratio | target | |", "|---|---|---|---|---|"]
+    for setting, ratios in rows.items():
+        for what, found in ratios.items():
+            judgement = f"{found.get('target', '')} | {found.get('verdict', '')}"
+            lines.append(f"| {setting} | {what} | {found['ratio']:.2f} | {judgement} |")
+    return "\n".join(lines)
 
 
 def save_result(name: str, content: dict[str, Any]) -> Path:

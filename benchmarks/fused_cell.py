@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from common import mean_and_spread, save_result
+from common import judged, mean_and_spread, save_result, table
 from exact_product import with_torch_derivatives
 from nni.nas.evaluator.pytorch import DataLoader, Lightning, LightningModule, Trainer
 from nni.nas.execution import SequentialExecutionEngine
@@ -209,17 +209,8 @@ def measure(shape: tuple[int, int, int], repeats: int, rounds: int, steps: int) 
             for name, seconds in {**timed, **{f"step, {kind}": times for kind, times in searched.items()}}.items()
         },
         "memory_mib": memory,
-        "ratios": {name: {"ratio": ratio, **judged(name, ratio)} for name, ratio in ratios.items()},
+        "ratios": {name: judged(ratio, TARGETS.get(name)) for name, ratio in ratios.items()},
     }
-
-
-def judged(name: str, ratio: float) -> dict[str, Any]:
-    """Return the target of a ratio, and whether it is met, if there is one."""
-    if name not in TARGETS:
-        return {}
-    sign, bound = TARGETS[name]
-    met = ratio >= bound if sign == ">=" else ratio <= bound
-    return {"target": f"{sign} {bound:g}", "verdict": "met" if met else "missed"}
 
 
 def main() -> None:
@@ -231,13 +222,10 @@ def main() -> None:
     arguments = parser.parse_args()
     be_quiet()
     results = []
-    print("| C, cells, batch | what | ratio | target | |")
-    print("|---|---|---|---|---|")
     for shape in SHAPES:
         results.append(measure(shape, arguments.repeats, arguments.rounds, arguments.steps))
-        for name, found in results[-1]["ratios"].items():
-            judgement = f"{found.get('target', '')} | {found.get('verdict', '')}"
-            print(f"| {', '.join(map(str, shape))} | {name} | {found['ratio']:.2f} | {judgement} |", flush=True)
+    rows = {"{channels} channels, {cells} cells, batch {batch}".format(**r["shape"]): r["ratios"] for r in results}
+    print(table(rows))
     file = save_result(
         "fused_cell",
         {
@@ -248,6 +236,7 @@ def main() -> None:
             "rounds": arguments.rounds,
             "steps": arguments.steps,
             "results": results,
+            "table": rows,
         },
     )
     print(f"written to {file}")

@@ -10,6 +10,7 @@ import pytorch_lightning as pl
 import torch
 from torch import nn
 
+from nni_cream.checkpoints import find_checkpoint
 from nni_cream.child import Candidate, Child, build_network, load_weights, save_network
 from nni_cream.cost import measure_network
 from nni_cream.errors import UserError
@@ -70,6 +71,7 @@ def retrain(recipe: RetrainRecipe, candidate: Candidate, directory: RunDirectory
     trainer = make_trainer(recipe.epochs, recipe.device, directory, gradient_clip_val=recipe.gradient_clip)
     training, validation = splits.retraining_parts()
     training_loader = make_loader(training, data, training=True)
+    checkpoint = find_checkpoint(directory)
 
     # Everything has been checked by now: a start that fails must not claim the folder.
     directory.begin(to_yaml(recipe), recipe.seed)
@@ -78,7 +80,7 @@ def retrain(recipe: RetrainRecipe, candidate: Candidate, directory: RunDirectory
         module,
         training_loader,
         make_loader(validation, data),
-        ckpt_path=directory.checkpoint if directory.checkpoint.exists() else None,
+        ckpt_path=checkpoint,
     )
     # Measured again, because a training that was interrupted after its last epoch has no metrics of it any more.
     (validated,) = trainer.validate(module, make_loader(validation, data), verbose=False)

@@ -92,6 +92,11 @@ class RunDirectory:
         return self.path / "checkpoints" / "last.ckpt"
 
     @property
+    def previous_checkpoint(self) -> Path:
+        """The checkpoint before the newest, whether or not it exists."""
+        return self.path / "checkpoints" / "previous.ckpt"
+
+    @property
     def child(self) -> Path:
         """The result of a search, whether or not it exists yet."""
         return self.path / "child.json"

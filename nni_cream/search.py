@@ -15,10 +15,10 @@ from nni.nas.execution.event import IntermediateMetricEvent, ModelEventType
 from nni.nas.nn.pytorch import ModelSpace
 from nni.nas.oneshot.pytorch.strategy import OneShotStrategy
 from nni.nas.space import RawFormatModelSpace
-from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.loggers import TensorBoardLogger
 
 from nni_cream.architecture import CreamPath
+from nni_cream.checkpoints import LastTwo, find_checkpoint
 from nni_cream.child import Child
 from nni_cream.cost import measure_space
 from nni_cream.data import DataSplits, LabelledImages, load_data
@@ -59,7 +59,7 @@ def search_cream(recipe: CreamRecipe, directory: RunDirectory) -> Child:
         make_trainer(recipe.epochs, recipe.device, directory),
         train_dataloaders=make_loader(splits.weights, data, training=True),
         val_dataloaders=make_loader(splits.architecture, data),
-        fit_kwargs={"ckpt_path": directory.checkpoint} if directory.checkpoint.exists() else None,
+        fit_kwargs={"ckpt_path": find_checkpoint(directory)},
     )
     settings = recipe.cream.model_dump()
     if not isinstance(recipe.cream.prior, str):
@@ -233,7 +233,7 @@ def make_trainer(epochs: int, device: Device, directory: RunDirectory, **argumen
         max_epochs=epochs,
         default_root_dir=directory.path,
         logger=TensorBoardLogger(directory.path, name="tensorboard", version=""),
-        callbacks=[ModelCheckpoint(directory.checkpoint.parent, save_last=True, save_top_k=1)],
+        callbacks=[LastTwo(directory)],
         num_sanity_val_steps=0,
         log_every_n_steps=10,
         **arguments,

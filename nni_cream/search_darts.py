@@ -11,6 +11,7 @@ import torch
 from nni.nas.evaluator.pytorch import Lightning
 from torch import nn
 
+from nni_cream.checkpoints import find_checkpoint
 from nni_cream.child import Child
 from nni_cream.cost import measure_network
 from nni_cream.data import LabelledImages
@@ -58,7 +59,7 @@ def search_darts(recipe: DartsRecipe, directory: RunDirectory) -> Child:
         make_trainer(recipe.epochs, recipe.device, directory),
         train_dataloaders=weight_loader,
         val_dataloaders=make_loader(varied, data, training=True),
-        fit_kwargs={"ckpt_path": directory.checkpoint} if directory.checkpoint.exists() else None,
+        fit_kwargs={"ckpt_path": find_checkpoint(directory)},
     )
     settings = recipe.darts.model_dump()
     if recipe.darts.flops_target is not None:

@@ -185,11 +185,11 @@ class TestWhatASearchIsGiven:
 
     def test_a_checkpoint_if_there_is_one(self, tmp_path: Path) -> None:
         _, strategy = search(tmp_path / "new")
-        assert strategy.evaluator.fit_kwargs == {}
+        assert strategy.evaluator.fit_kwargs == {"ckpt_path": None}
         Stub.made.clear()
         checkpoint = tmp_path / "old" / "checkpoints" / "last.ckpt"
         checkpoint.parent.mkdir(parents=True)
-        checkpoint.touch()
+        torch.save({"epoch": 0}, checkpoint)
         _, strategy = search(tmp_path / "old")
         assert strategy.evaluator.fit_kwargs == {"ckpt_path": checkpoint}
 

@@ -417,7 +417,7 @@ class TestInterruption:
         first = rows(tmp_path)
         assert [row["epoch"] for row in first] == ["1"]
         assert not (tmp_path / "child.json").exists()
-        saved = torch.load(tmp_path / "checkpoints/last.ckpt", weights_only=False)
+        saved = torch.load(tmp_path / "checkpoints/last.ckpt", weights_only=True)
         assert saved["epoch"] == 0
         (remembered,) = saved["darts"]["epochs"]
 

@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from functools import partial
 
 import torch
+import torch.nn.functional as F
+from timm.layers.norm_act import BatchNormAct2d
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -43,6 +45,16 @@ def batch_statistics(network: nn.Module, groups: int = 1) -> Iterator[None]:
 
 
 def _normalise_groups(norm: _BatchNorm, groups: int, features: Tensor) -> Tensor:
+    if type(norm) in (nn.BatchNorm2d, BatchNormAct2d) and features.is_contiguous(memory_format=torch.channels_last):
+        images, channels, height, width = features.shape
+        # The images of a group, one below the other, are one image in memory, and normalising each channel of each
+        # image by itself is what a group norm does.
+        rows = features.permute(0, 2, 3, 1).reshape(groups, images // groups * height, width, channels)
+        joint = F.group_norm(rows.permute(0, 3, 1, 2), channels, norm.weight, norm.bias, norm.eps)
+        normalised = joint.permute(0, 2, 3, 1).reshape(images, height, width, channels).permute(0, 3, 1, 2)
+        if isinstance(norm, BatchNormAct2d):
+            normalised = norm.act(norm.drop(normalised))
+        return normalised
     # The groups lie one after the other in memory, whatever the memory format.
     return torch.cat([type(norm).forward(norm, group) for group in features.chunk(groups)])
 

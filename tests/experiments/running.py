@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -87,7 +88,16 @@ class Running:
 
 def nnictl(*arguments: str) -> str:
     """Run ``nnictl`` and return what it prints, without its colours."""
-    done = subprocess.run([*NNICTL, *arguments], capture_output=True, text=True, check=False, timeout=120)
+    # As in an activated environment, where NNI finds `python` for trials, and `tensorboard`.
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    done = subprocess.run(
+        [*NNICTL, *arguments],
+        env={**os.environ, "PATH": path},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
     output = re.sub(r"\x1b\[[0-9;]*m", "", done.stdout)
     assert done.returncode == 0, output + done.stderr
     return output
