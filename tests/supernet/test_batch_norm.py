@@ -130,6 +130,11 @@ class TestGroups:
         pytest.param(nn.BatchNorm1d(4), channels(4), id="BatchNorm1d"),
         pytest.param(nn.BatchNorm1d(4, affine=False), channels(4, 7), id="BatchNorm1d of sequences"),
         pytest.param(BatchNormAct2d(4, act_layer=nn.SiLU), channels(4, 5, 5), id="BatchNormAct2d"),
+        # Many pixels are normalised in another way than few.
+        pytest.param(nn.BatchNorm2d(4), channels(4, 32, 33), id="BatchNorm2d of large images"),
+        pytest.param(nn.BatchNorm2d(4, affine=False), channels(4, 32, 33), id="of large images, without weights"),
+        pytest.param(nn.BatchNorm2d(4, affine=False), channels(4, 5, 5), id="BatchNorm2d without weights"),
+        pytest.param(BatchNormAct2d(4, act_layer=nn.SiLU), channels(4, 32, 33), id="BatchNormAct2d of large images"),
         pytest.param(Choice(3, 4).build(8, 8, 1), channels(8, 5, 5), id="Cream block"),
         pytest.param(network(), images(4), id="network"),
     )
