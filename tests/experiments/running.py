@@ -116,5 +116,10 @@ def running(config: Path) -> Iterator[Running]:
     experiment = create(config)
     try:
         yield experiment
+    except AssertionError:
+        # pytest shows what a failed test has printed.
+        for log in sorted((config.parent / "runs" / experiment.identity / "log").glob("*.log")):
+            print(f"{log}:", *log.read_text().splitlines()[-60:], sep="\n")
+        raise
     finally:
         nnictl("stop", experiment.identity)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import re
-import time
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +13,23 @@ import pytest
 import yaml
 
 from nni_cream.experiment import _free_port
-from tests.experiments.running import Running, nnictl, running, tiny_experiment
+from tests.experiments.running import SECONDS, Running, nnictl, running, tiny_experiment
 
 pytestmark = pytest.mark.slow
-
-# Resumed earlier than this after its end, a manager is disturbed by what is left of it (spec of NNI 3.0, measured).
-AFTERMATH = 26
 
 
 def resume(experiment: Running) -> None:
     experiment.port = _free_port()
     nnictl("resume", experiment.identity, "--port", str(experiment.port))
+
+
+def kill_manager(experiment: Running) -> list[psutil.Process]:
+    """Kill NNI's manager; return its dispatcher, which goes on for some 20 seconds and tries to find it again."""
+    manager = experiment.manager()
+    dispatchers = [child for child in manager.children(recursive=True) if "--exp_params" in child.cmdline()]
+    assert dispatchers
+    manager.kill()
+    return dispatchers
 
 
 def epochs_in(folder: Path) -> list[int]:
@@ -83,14 +88,16 @@ def test_a_trial_outlives_the_manager_and_loses_nothing_when_it_is_killed_as_wel
         experiment.await_epoch(1)
         folder = experiment.folder()
         first = psutil.Process(int((folder / ".lock").read_text()))
-        experiment.manager().kill()
+        dispatchers = kill_manager(experiment)
         experiment.await_((folder / "unreported").is_dir, "the trial had a report that nobody took")
         assert first.is_running()
         # It must not end before NNI starts the trial again.
         first.suspend()
         seen = len(epochs_in(folder))
         assert seen < epochs - 1
-        time.sleep(AFTERMATH)
+        # It would answer the resumed manager in the place of the new one.
+        psutil.wait_procs(dispatchers, timeout=SECONDS)
+        assert not any(dispatcher.is_running() for dispatcher in dispatchers)
 
         resume(experiment)
         said = f"Process {first.pid} still runs this trial"
