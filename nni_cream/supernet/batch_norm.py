@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from nni_cream.supernet.synchronised import synchronised
+
 
 def _batch_norms(network: nn.Module) -> list[_BatchNorm]:
     return [module for module in network.modules() if isinstance(module, _BatchNorm)]
@@ -51,7 +53,8 @@ def _normalise_groups(norm: _BatchNorm, groups: int, features: Tensor) -> Tensor
 def recalibrated(network: nn.Module, batches: Iterable[Tensor]) -> Iterator[None]:
     """Evaluate ``network`` with running statistics recomputed over ``batches`` of images.
 
-    Each statistic becomes the plain average over the batches. On leaving, modes and statistics are as before.
+    Each statistic becomes the plain average over the batches, of which several processes have a part each. On leaving,
+    modes and statistics are as before.
     """
     norms = _batch_norms(network)
     modes = [(module, module.training) for module in network.modules()]
@@ -65,7 +68,8 @@ def recalibrated(network: nn.Module, batches: Iterable[Tensor]) -> Iterator[None
             norm.train()
         with torch.no_grad():
             for images in batches:
-                network(images)
+                with synchronised():
+                    network(images)
         network.eval()
         yield
     finally:
