@@ -24,6 +24,11 @@ class SharedBatch(DDPStrategy):
     batches themselves (:class:`nni_cream.shards.Shards`).
     """
 
+    def _get_process_group_backend(self) -> str:
+        backend = super()._get_process_group_backend()
+        # After the training the network lies on the CPU, where its batch norms are recalibrated together.
+        return "cpu:gloo,cuda:nccl" if backend == "nccl" else backend
+
     def configure_ddp(self) -> None:
         """Start from the weights of the first process."""
         assert self.model is not None
