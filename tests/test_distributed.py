@@ -8,16 +8,19 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from pytorch_lightning.strategies import DDPStrategy, SingleDeviceStrategy
+from torch import Tensor, nn
 from torch.utils.data import BatchSampler, RandomSampler, TensorDataset
 
-from nni_cream import distributed
+from nni_cream import distributed, launching
 from nni_cream.errors import UserError
 from nni_cream.shards import Shards, Shuffled
+from nni_cream.supernet import synchronised
 from tests.distributed_worker import SCENARIOS
 
 TIMEOUT = 300
@@ -114,17 +117,11 @@ class TestTwoProcesses:
     def test_norms_are_alone_where_they_are_told_to(self, two: Results) -> None:
         assert two[1]["without synchronisation"] == [True, True]
 
-    def test_the_norms_are_torchs(self, one: dict[str, Any]) -> None:
-        # That one process has not run ours is what makes it a reference.
-        first = one["norm 2d"]["split"][0]
-        assert first.grad_fn is None
-        assert first.mean().abs() < 1e-9
-
 
 class TestOneProcess:
     def test_the_operators_are_the_identity(self) -> None:
         tensors = (torch.ones(2), torch.zeros(3))
-        assert distributed.replicate(*tensors) is tensors or distributed.replicate(*tensors) == tensors
+        assert distributed.replicate(*tensors) == tensors
         assert distributed.reduce(*tensors) == tensors
 
     def test_there_is_nobody_else(self) -> None:
@@ -135,6 +132,20 @@ class TestOneProcess:
         distributed.average_([tensor])
         assert torch.equal(distributed.gathered(tensor), torch.ones(3))
         assert torch.equal(distributed.mean(tensor), torch.ones(3))
+
+    def test_norms_are_torchs(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(synchronised, "_batch_norm", lambda *_: pytest.fail("not torch's"))
+        with synchronised.synchronised():
+            assert nn.BatchNorm1d(3)(torch.randn(4, 3)).mean().abs() < 1e-6
+            assert synchronised.sharers() == 1
+
+    def test_other_ways_to_start_processes_are_refused(self) -> None:
+        launching.refuse_other_strategies(SimpleNamespace(world_size=1, strategy=SingleDeviceStrategy()))
+        launching.refuse_other_strategies(SimpleNamespace(world_size=2, strategy=launching.SharedBatch()))
+        with pytest.raises(
+            UserError, match=r"needs strategy=nni_cream\.launching\.SharedBatch\(\) in its Trainer, not DDP"
+        ):
+            launching.refuse_other_strategies(SimpleNamespace(world_size=2, strategy=DDPStrategy()))
 
 
 class TestShards:
