@@ -88,6 +88,8 @@ def tuner_parameters() -> dict[str, Any]:
         return {}
     if not is_first():
         # The manager tells a trial once. Lightning starts further processes in the environment of the first.
+        if _TOLD not in os.environ:
+            raise UserError("NNI's trials start their processes themselves, with device.devices; leave torchrun out.")
         told: dict[str, Any] = json.loads(os.environ[_TOLD])
         return told
     import nni

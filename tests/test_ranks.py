@@ -9,7 +9,7 @@ import nni
 import pytest
 
 from nni_cream.cli import open_run, run, tuner_parameters
-from nni_cream.errors import TrainingError
+from nni_cream.errors import TrainingError, UserError
 from nni_cream.ranks import is_first, rank
 from nni_cream.recipe import CreamRecipe
 from nni_cream.reporting import Reporter
@@ -84,3 +84,13 @@ def test_what_the_tuner_has_chosen_is_passed_on(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setattr(nni, "get_next_parameter", lambda: pytest.fail("talks to NNI"))
     assert tuner_parameters() == told == {"optimizer.lr": 0.2, "data.name": "digits"}
+
+
+@pytest.mark.usefixtures("second")
+def test_torchrun_under_nni_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NNI_PLATFORM", "local")
+    monkeypatch.delenv("NNI_CREAM_TOLD_BY_TUNER", raising=False)
+    with pytest.raises(
+        UserError, match=r"start their processes themselves, with device\.devices; leave torchrun out\."
+    ):
+        tuner_parameters()
