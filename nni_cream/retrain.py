@@ -100,7 +100,7 @@ def retrain(recipe: RetrainRecipe, candidate: Candidate, directory: RunDirectory
         "folder": str(directory.path.resolve()),
     }
     if not is_first():
-        return tested["test_accuracy"]
+        return float(tested["test_accuracy"])
     save_network(
         directory.path / "model.safetensors",
         network,

@@ -54,6 +54,7 @@ class ImageClassifier(LightningModule):
         self.auxiliary_weight = auxiliary_weight
         self.drop_path_rate = drop_path_rate
         self.train_loss = MeanMetric()
+        self.measured_loss = MeanMetric()
         self.top1 = MulticlassAccuracy(num_classes, average="micro")
         self.top5 = MulticlassAccuracy(num_classes, average="micro", top_k=min(5, num_classes))
 
@@ -96,7 +97,9 @@ class ImageClassifier(LightningModule):
         self.top5(logits, targets)
         self.log(f"{stage}_accuracy", self.top1, on_epoch=True, prog_bar=True)
         self.log(f"{stage}_top5", self.top5, on_epoch=True)
-        self.log(f"{stage}_loss", F.cross_entropy(logits, targets), on_epoch=True, sync_dist=True)
+        self.measured_loss(F.cross_entropy(logits, targets), weight=len(targets))
+        # Lightning's own average loses an image where several processes have an odd number of them.
+        self.log(f"{stage}_loss", self.measured_loss, on_epoch=True)
 
     def on_validation_epoch_end(self) -> None:
         """Report the epoch to NNI."""

@@ -114,7 +114,7 @@ def without_synchronisation() -> Any:
     return [torch.allclose(result, results[0]) and result.mean().abs().item() < 1e-9 for result in results]
 
 
-# Searches and a training.
+# Searches and a training. Lightning would seed several processes a second time after its own seed_everything.
 
 
 def labelled_images(number: int, seed: int, size: int) -> TensorDataset:
@@ -183,13 +183,12 @@ def run(strategy: Any, space: Any, epochs: int, size: int) -> tuple[Any, dict[st
         engine.register_model_event_callback(kind, lambda event: reports.append(event.metric))
     strategy(RawFormatModelSpace.from_model(space, evaluator), engine)
     module = strategy.oneshot_module
-    found = {**vars(watcher), "state": module.state_dict(), "sample": module.export(), "reports": reports}
-    found.pop("before")
-    return module, found
+    steps = {"losses": watcher.losses, "paths": watcher.paths, "moved": watcher.moved}
+    return module, {**steps, "state": module.state_dict(), "sample": module.export(), "reports": reports}
 
 
 def darts(execution: Any, **settings: Any) -> Any:
-    pl.seed_everything(5, verbose=False)
+    torch.manual_seed(5)
     operations = ("none", "skip_connect", "max_pool_3x3", "avg_pool_3x3", "sep_conv_3x3", "dil_conv_3x3")
     space = DartsSpace(CLASSES, channels=2, cells=3, nodes=2, operations=operations)
     strategy = DartsStrategy(
@@ -223,7 +222,7 @@ class PathSpace(nas.ModelSpace):
 
 
 def cream(**settings: Any) -> Any:
-    pl.seed_everything(7, verbose=False)
+    torch.manual_seed(7)
     defaults: dict[str, Any] = {"warmup_epochs": 1, "board_size": 3, "meta_interval": 2, "matching_lr": 0.1}
     strategy = CreamStrategy(
         **{**defaults, **settings},
@@ -238,15 +237,16 @@ def cream(**settings: Any) -> Any:
 
 
 def training() -> Any:
-    pl.seed_everything(9, verbose=False)
+    torch.manual_seed(9)
     module, watcher = ImageClassifier(CLASSES, SGD, SCHEDULE, label_smoothing=0.1), Watcher()
     module.set_model(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.LazyLinear(3)))
     module.model(torch.zeros(2, 3, 6, 6))
     lightning = trainer(2, watcher)
     held_out = measuring_loader(labelled_images(13, 10, 6))
     lightning.fit(module, training_loader(labelled_images(4 * BATCH, 11, 6)), held_out)
+    train_loss = module.train_loss.compute()
     tested = lightning.test(module, held_out, verbose=False)
-    return {"losses": watcher.losses, "state": module.state_dict(), "tested": tested}
+    return {"train_loss": train_loss, "state": module.state_dict(), "tested": tested}
 
 
 SCENARIOS: dict[str, Callable[[], Any]] = {
