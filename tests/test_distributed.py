@@ -23,7 +23,7 @@ from nni_cream.shards import Shards, Shuffled
 from nni_cream.supernet import synchronised
 from tests.distributed_worker import SCENARIOS
 
-TIMEOUT = 300
+TIMEOUT = 600
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 SEARCHES = [name for name in SCENARIOS if name.startswith(("darts", "cream"))]
 CREAM = [name for name in SEARCHES if name.startswith("cream")]
@@ -84,8 +84,12 @@ def assert_same(ours: Any, theirs: Any, tolerance: float, where: str = "") -> No
 class TestTwoProcesses:
     @pytest.mark.parametrize("name", SCENARIOS)
     def test_equal_one(self, name: str, one: dict[str, Any], two: Results) -> None:
-        # The first process reports for both, and every process has all the rest.
-        assert_same(two[0][name], one[name], 1e-9)
+        ours, theirs = two[0][name], one[name]
+        if name in SEARCHES:
+            # Shares of right answers are single-precision numbers there.
+            assert_same(ours["reports"], theirs["reports"], 1e-7)
+            ours, theirs = ({**found, "reports": None} for found in (ours, theirs))
+        assert_same(ours, theirs, 1e-9)
 
     @pytest.mark.parametrize("name", SCENARIOS)
     def test_equal_each_other_to_the_last_bit(self, name: str, two: Results) -> None:
