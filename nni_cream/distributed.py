@@ -27,11 +27,6 @@ def processes() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def place() -> int:
-    """Return which of them this is, from 0."""
-    return dist.get_rank() if processes() > 1 else 0
-
-
 # With derivatives.
 
 
