@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,10 @@ class LastTwo(Checkpoint):
 
     def on_train_epoch_end(self, trainer: Any, module: Any) -> None:
         """Write it. Lightning calls checkpoints last, when the epoch has been reported."""
+        if not trainer.is_global_zero:
+            # Writes nothing, but takes part in what the first process waits for.
+            trainer.save_checkpoint(self.newest)
+            return
 
         def write(temporary: Path) -> None:
             trainer.save_checkpoint(temporary)
@@ -61,7 +66,9 @@ def find_checkpoint(directory: RunDirectory) -> Path | None:
             continue
         for reason in reasons:
             # Else it would be the one before the next, in the place of this good one.
-            directory.checkpoint.replace(directory.checkpoint.with_suffix(".damaged"))
+            # Of several processes, the first that comes here does it.
+            with suppress(FileNotFoundError):
+                directory.checkpoint.replace(directory.checkpoint.with_suffix(".damaged"))
             print(f"{reason}; going on from {file}, which is older.", file=sys.stderr)
         return file
     if reasons:

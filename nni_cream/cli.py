@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import signal
 import sys
@@ -11,8 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from nni_cream.errors import TrainingError, UserError
+from nni_cream.ranks import is_first
 from nni_cream.recipe import Recipe, parse_override, to_yaml
 from nni_cream.runs import RunDirectory
+
+# What NNI's tuner has chosen, for the further processes of a trial.
+_TOLD = "NNI_CREAM_TOLD_BY_TUNER"
 
 
 def make_settings_parser(description: str | None, recipe: Path | None) -> argparse.ArgumentParser:
@@ -60,6 +65,9 @@ def open_run(recipe: Recipe, output: Path | None) -> RunDirectory:
         UserError: if it holds a run of another recipe, or another process runs in it.
     """
     directory = RunDirectory.for_run(recipe.name, output)
+    if not is_first():
+        # The first process has seen to it.
+        return directory
     directory.refuse_another(to_yaml(recipe))
     if directory.owner() is not None:
         from nni_cream.reporting import await_owner
@@ -78,11 +86,18 @@ def tuner_parameters() -> dict[str, Any]:
     """
     if "NNI_PLATFORM" not in os.environ:
         return {}
+    if not is_first():
+        # The manager tells a trial once. Lightning starts further processes in the environment of the first.
+        if _TOLD not in os.environ:
+            raise UserError("NNI's trials start their processes themselves, with device.devices; leave torchrun out.")
+        told: dict[str, Any] = json.loads(os.environ[_TOLD])
+        return told
     import nni
 
     parameters = nni.get_next_parameter()
     if not isinstance(parameters, dict):
         raise UserError(f"NNI's tuner sent {parameters!r} where a mapping of recipe keys was expected.")
+    os.environ[_TOLD] = json.dumps(parameters)
     return parameters
 
 
@@ -90,8 +105,11 @@ def run(main: Callable[[], None]) -> None:
     """Call ``main`` and exit.
 
     With one sentence on stderr, and 2 if the user asked for something that cannot be, 1 if the training has failed;
-    when interrupted, by the signal itself, from which NNI and shells know that nothing has failed.
+    when interrupted, by the signal itself, from which NNI and shells know that nothing has failed. Of the several
+    processes of a run only the first prints.
     """
+    if not is_first():
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     try:
         main()
     except TrainingError as error:

@@ -359,6 +359,15 @@ class Recipe(Settings):
             raise ValueError(f"schedule.min_lr is {self.schedule.min_lr:g}, above optimizer.lr {self.optimizer.lr:g}")
         return self
 
+    @model_validator(mode="after")
+    def _devices_share_a_batch(self) -> Recipe:
+        if self.data.batch_size % self.device.devices:
+            raise ValueError(
+                f"data.batch_size is {self.data.batch_size}, but the {self.device.devices} of device.devices share "
+                "every batch: make it a multiple of that"
+            )
+        return self
+
 
 class CreamRecipe(Recipe):
     """A Cream search."""
@@ -375,8 +384,6 @@ class CreamRecipe(Recipe):
                 f"cream.warmup_epochs is {self.cream.warmup_epochs}, but the board opens after it and epochs is "
                 f"{self.epochs}: make it smaller"
             )
-        if self.device.devices != 1:
-            raise ValueError(f"device.devices is {self.device.devices}, but a Cream search runs on one device")
         slices = 2 if self.cream.teacher == "matching" else 1
         if slices * self.cream.board_images > self.data.batch_size:
             raise ValueError(
@@ -405,8 +412,6 @@ class DartsRecipe(Recipe):
                 f"darts.warmup_epochs is {self.darts.warmup_epochs}, but α learns after it and epochs is "
                 f"{self.epochs}: make it smaller"
             )
-        if self.device.devices != 1:
-            raise ValueError(f"device.devices is {self.device.devices}, but a DARTS search runs on one device")
         if self.device.precision == "16-mixed":
             raise ValueError("device.precision is 16-mixed, but a DARTS search runs in 32-true or bf16-mixed")
         if self.darts.order == "second" and self.optimizer.name.lower() not in _UNROLLED:

@@ -26,6 +26,7 @@ from nni.typehint import TrialMetric
 from nni_cream.compat import link_tensorboard, read_answers
 from nni_cream.errors import TrainingError
 from nni_cream.mailbox import Mailbox
+from nni_cream.ranks import is_first
 from nni_cream.runs import RunDirectory, describe, write_text
 
 _POLL_SECONDS = 1.0
@@ -36,7 +37,7 @@ class Reporter(TrialCommandChannel):
 
     It stands in NNI's place as the trial's command channel, so ``nni.report_intermediate_result`` anywhere in the
     process arrives here. What NNI's manager does not take, because it is away, waits in ``unreported/`` and is sent
-    when it answers again, or when it has started the trial again.
+    when it answers again, or when it has started the trial again. Of several processes the first reports.
 
     Args:
         directory: of the run; ``metrics.csv`` there gets one line an epoch.
@@ -50,7 +51,7 @@ class Reporter(TrialCommandChannel):
         self._mailbox = Mailbox(directory / "unreported", self._send)
         self._away = False
         self._record = ParameterRecord(parameter_id=None, parameters={})
-        if "NNI_PLATFORM" in os.environ:
+        if "NNI_PLATFORM" in os.environ and is_first():
             self._outer = get_default_trial_command_channel()
             read_answers(self._outer)
             link_tensorboard(directory)

@@ -16,6 +16,7 @@ from nni_cream.cost import measure_network
 from nni_cream.errors import UserError
 from nni_cream.genotype import Genotype
 from nni_cream.models.darts import DartsNetwork
+from nni_cream.ranks import is_first
 from nni_cream.recipe import RetrainRecipe, to_yaml
 from nni_cream.reporting import Reporter, on_terminal
 from nni_cream.runs import RunDirectory, read_json, write_json
@@ -37,9 +38,10 @@ def retrain(recipe: RetrainRecipe, candidate: Candidate, directory: RunDirectory
     if result_file.exists():
         print(f"{directory.path} holds a training that has ended; choose another folder with --name for a new one.")
         result = read_json(result_file, "result of a training")
-        # NNI starts a trial again whose end it has not seen.
-        reporter.deliver()
-        reporter.final(_told_to_nni(result))
+        if is_first():
+            # NNI starts a trial again whose end it has not seen.
+            reporter.deliver()
+            reporter.final(_told_to_nni(result))
         return print_result(result)
 
     child = candidate.load(recipe.rank)
@@ -70,7 +72,8 @@ def retrain(recipe: RetrainRecipe, candidate: Candidate, directory: RunDirectory
     module.set_model(network)
     trainer = make_trainer(recipe.epochs, recipe.device, directory, gradient_clip_val=recipe.gradient_clip)
     training, validation = splits.retraining_parts()
-    training_loader = make_loader(training, data, training=True)
+    devices = recipe.device.devices
+    training_loader = make_loader(training, data, training=True, devices=devices)
     checkpoint = find_checkpoint(directory)
 
     # Everything has been checked by now: a start that fails must not claim the folder.
@@ -79,13 +82,13 @@ def retrain(recipe: RetrainRecipe, candidate: Candidate, directory: RunDirectory
     trainer.fit(
         module,
         training_loader,
-        make_loader(validation, data),
+        make_loader(validation, data, devices=devices),
         ckpt_path=checkpoint,
     )
     # Measured again, because a training that was interrupted after its last epoch has no metrics of it any more.
-    (validated,) = trainer.validate(module, make_loader(validation, data), verbose=False)
+    (validated,) = trainer.validate(module, make_loader(validation, data, devices=devices), verbose=False)
     val_accuracy = validated["val_accuracy"]
-    (tested,) = trainer.test(module, make_loader(splits.test, data), verbose=False)
+    (tested,) = trainer.test(module, make_loader(splits.test, data, devices=devices), verbose=False)
 
     settings = data.model_dump(mode="json")
     result = {
@@ -98,6 +101,8 @@ def retrain(recipe: RetrainRecipe, candidate: Candidate, directory: RunDirectory
         "data": settings,
         "folder": str(directory.path.resolve()),
     }
+    if not is_first():
+        return float(tested["test_accuracy"])
     save_network(
         directory.path / "model.safetensors",
         network,

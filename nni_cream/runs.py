@@ -13,6 +13,7 @@ from typing import Any, Final
 
 from nni_cream.errors import UserError
 from nni_cream.locking import ProcessLock
+from nni_cream.ranks import is_first
 
 RUNS: Final = Path("runs")
 PACKAGES: Final = ("nni", "torch", "torchvision", "timm", "pytorch-lightning", "torchmetrics", "numpy", "pydantic")
@@ -135,9 +136,13 @@ class RunDirectory:
     def begin(self, recipe: str, seed: int) -> None:
         """Make this process the owner of the folder and record what is about to run, unless that has been recorded.
 
+        Of the several processes of a run the first does so for all.
+
         Raises:
             UserError: as :meth:`refuse_another` and :meth:`refuse_owned`, and if the folder cannot be written.
         """
+        if not is_first():
+            return
         self.refuse_another(recipe)
         file = self.path / "recipe.yml"
         try:

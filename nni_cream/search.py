@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Final
 
@@ -16,6 +17,7 @@ from nni.nas.nn.pytorch import ModelSpace
 from nni.nas.oneshot.pytorch.strategy import OneShotStrategy
 from nni.nas.space import RawFormatModelSpace
 from pytorch_lightning.loggers import TensorBoardLogger
+from torch.utils.data import BatchSampler
 
 from nni_cream.architecture import CreamPath
 from nni_cream.checkpoints import LastTwo, find_checkpoint
@@ -25,9 +27,12 @@ from nni_cream.data import DataSplits, LabelledImages, load_data
 from nni_cream.data_names import Augmentation, Fractions
 from nni_cream.errors import UserError
 from nni_cream.genotype import Genotype
+from nni_cream.launching import SharedBatch
+from nni_cream.ranks import is_first, rank
 from nni_cream.recipe import CreamRecipe, Data, Device, Flops, to_yaml
 from nni_cream.reporting import Reporter, on_terminal
 from nni_cream.runs import RunDirectory
+from nni_cream.shards import Shards, Shuffled
 from nni_cream.strategies.cream import CreamStrategy
 from nni_cream.strategies.cream_module import RankedPath
 from nni_cream.training import ImageClassifier
@@ -49,6 +54,7 @@ def search_cream(recipe: CreamRecipe, directory: RunDirectory) -> Child:
     pl.seed_everything(recipe.seed, verbose=False)
     plan = plan_space(recipe.flops.min, recipe.flops.max, recipe.data.resolution)
     data = recipe.data.at(plan.resolution)
+    devices = recipe.device.devices
     splits = load_splits(data, recipe.seed)
     options = recipe.space.model_dump()
     space = CreamSpace(plan.depths, splits.num_classes, **options)
@@ -57,8 +63,8 @@ def search_cream(recipe: CreamRecipe, directory: RunDirectory) -> Child:
     evaluator = Lightning(
         ImageClassifier(splits.num_classes, recipe.optimizer.timm_arguments(), recipe.schedule.timm_arguments()),
         make_trainer(recipe.epochs, recipe.device, directory),
-        train_dataloaders=make_loader(splits.weights, data, training=True),
-        val_dataloaders=make_loader(splits.architecture, data),
+        train_dataloaders=make_loader(splits.weights, data, training=True, devices=devices),
+        val_dataloaders=make_loader(splits.architecture, data, devices=devices),
         fit_kwargs={"ckpt_path": find_checkpoint(directory)},
     )
     settings = recipe.cream.model_dump()
@@ -68,7 +74,7 @@ def search_cream(recipe: CreamRecipe, directory: RunDirectory) -> Child:
         **settings,
         flops_range=(recipe.flops.min * _MILLION, recipe.flops.max * _MILLION),
         seed=recipe.seed,
-        ranking_dataloader=make_loader(splits.validation, data),
+        ranking_dataloader=make_loader(splits.validation, data, devices=devices),
     )
     initialize(strategy, space, evaluator, reporter)
     # Everything has been checked by now: a start that fails must not claim the folder.
@@ -99,9 +105,11 @@ def search_cream(recipe: CreamRecipe, directory: RunDirectory) -> Child:
             for path, other in others
         ],
     )
-    child.save(directory.child, module.calibrated_network(best.sample))
-    reporter.final(result_of(child))
-    print_child(child, directory)
+    network = module.calibrated_network(best.sample)
+    if is_first():
+        child.save(directory.child, network)
+        reporter.final(result_of(child))
+        print_child(child, directory)
     return child
 
 
@@ -125,6 +133,8 @@ def ended_search(directory: RunDirectory, reporter: Reporter) -> Child | None:
     if not directory.child.exists():
         return None
     child = Child.load(directory.child)
+    if not is_first():
+        return child
     print(f"{directory.path} holds a search that has ended; choose another folder with --name for a new one.")
     # NNI starts a trial again whose end it has not seen.
     reporter.deliver()
@@ -200,14 +210,14 @@ def arrange_in_memory(network: Any, device: Device) -> None:
     network.to(memory_format=getattr(torch, device.memory_format))
 
 
-def make_loader(images: LabelledImages, data: Data, *, training: bool = False) -> Any:
-    """Return batches of ``images``.
+def make_loader(images: LabelledImages, data: Data, *, training: bool = False, devices: int = 1) -> Any:
+    """Return batches of ``images``; of several processes, one for each device, every one gets a part of every batch.
 
     For training they are shuffled, of ``data.batch_size`` each, and what is left over is left out. Else they are as
     nearly equal as can be: a small last one would have poor batch statistics, and a single image none.
 
     Raises:
-        UserError: if there is not one whole batch to train on.
+        UserError: if there is not one whole batch to train on, or not one image for every device.
     """
     workers = {"num_workers": data.workers, "persistent_workers": data.workers > 0}
     if training:
@@ -216,10 +226,17 @@ def make_loader(images: LabelledImages, data: Data, *, training: bool = False) -
                 f"data.batch_size is {data.batch_size}, but there are {len(images)} images to train on: make it at "
                 "most that."
             )
+        if devices > 1:
+            whole = BatchSampler(Shuffled(len(images)), data.batch_size, drop_last=True)
+            return DataLoader(images, batch_sampler=Shards(whole, rank(), devices), **workers)
         return DataLoader(images, batch_size=data.batch_size, shuffle=True, drop_last=True, **workers)
-    number = min(-(-len(images) // data.batch_size), max(1, len(images) // 2))
-    batches = [part.tolist() for part in np.array_split(np.arange(len(images)), number)]
-    return DataLoader(images, batch_sampler=batches, **workers)
+    if len(images) < devices:
+        raise UserError(
+            f"device.devices is {devices}, but a part of the data has {len(images)} images: make it smaller."
+        )
+    number = min(-(-len(images) // data.batch_size), max(1, len(images) // max(2, devices)))
+    batches: Any = [part.tolist() for part in np.array_split(np.arange(len(images)), number)]
+    return DataLoader(images, batch_sampler=batches if devices == 1 else Shards(batches, rank(), devices), **workers)
 
 
 def make_trainer(epochs: int, device: Device, directory: RunDirectory, **arguments: Any) -> Any:
@@ -243,11 +260,18 @@ def make_trainer(epochs: int, device: Device, directory: RunDirectory, **argumen
 def on_device(device: Device, **arguments: Any) -> Any:
     """Return a Lightning trainer for the device of a recipe; on the CPU, with as many threads as it says.
 
+    For several devices it starts this command once more for each but the first, unless that has been done (torchrun).
+
     Raises:
         UserError: if there is no such device.
     """
     if device.threads is not None:
         torch.set_num_threads(device.threads)
+        if device.devices > 1:
+            # Lightning divides the cores among the processes where nobody has said how many each has.
+            os.environ["OMP_NUM_THREADS"] = str(device.threads)
+    if device.devices > 1:
+        arguments |= {"strategy": SharedBatch(), "use_distributed_sampler": False}
     try:
         return Trainer(
             accelerator=device.accelerator,

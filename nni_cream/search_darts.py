@@ -15,7 +15,9 @@ from nni_cream.checkpoints import find_checkpoint
 from nni_cream.child import Child
 from nni_cream.cost import measure_network
 from nni_cream.data import LabelledImages
+from nni_cream.distributed import total
 from nni_cream.plots import save_cells
+from nni_cream.ranks import is_first
 from nni_cream.recipe import DartsRecipe, to_yaml
 from nni_cream.reporting import Reporter, on_terminal
 from nni_cream.runs import RunDirectory
@@ -46,19 +48,19 @@ def search_darts(recipe: DartsRecipe, directory: RunDirectory) -> Child:
         return ended
 
     pl.seed_everything(recipe.seed, verbose=False)
-    data = recipe.data
+    data, devices = recipe.data, recipe.device.devices
     splits = load_splits(data, recipe.seed)
     space = DartsSpace(splits.num_classes, **recipe.space.model_dump())
     arrange_in_memory(space, recipe.device)
     # As published, the images that α learns from vary like those of the weights.
     varied = LabelledImages(splits.architecture.images, splits.architecture.indices, splits.weights.transform)
-    weight_loader = make_loader(splits.weights, data, training=True)
-    validation_loader = make_loader(splits.validation, data)
+    weight_loader = make_loader(splits.weights, data, training=True, devices=devices)
+    validation_loader = make_loader(splits.validation, data, devices=devices)
     evaluator = Lightning(
         ImageClassifier(splits.num_classes, recipe.optimizer.timm_arguments(), recipe.schedule.timm_arguments()),
         make_trainer(recipe.epochs, recipe.device, directory),
         train_dataloaders=weight_loader,
-        val_dataloaders=make_loader(varied, data, training=True),
+        val_dataloaders=make_loader(varied, data, training=True, devices=devices),
         fit_kwargs={"ckpt_path": find_checkpoint(directory)},
     )
     settings = recipe.darts.model_dump()
@@ -95,10 +97,11 @@ def search_darts(recipe: DartsRecipe, directory: RunDirectory) -> Child:
         },
         space=recipe.space.model_dump(mode="json"),
     )
-    save_cells(space.genotype(sample), directory.path)
-    child.save(directory.child, network)
-    reporter.final(result_of(child))
-    print_child(child, directory)
+    if is_first():
+        save_cells(space.genotype(sample), directory.path)
+        child.save(directory.child, network)
+        reporter.final(result_of(child))
+        print_child(child, directory)
     return child
 
 
@@ -112,10 +115,11 @@ def calibrate(network: nn.Module, batches: Any) -> None:
 
 
 def accuracy_of(network: nn.Module, batches: Any, device: torch.device) -> float:
-    """Return the share of right answers on ``batches`` of images and labels, in evaluation mode."""
+    """Return the share of right answers on ``batches`` of images and labels, those of all processes."""
     correct = seen = 0
     with torch.no_grad():
         for images, targets in batches:
             correct += int((network(images.to(device)).argmax(-1) == targets.to(device)).sum())
             seen += len(targets)
+    correct, seen = total(correct, seen)
     return correct / seen

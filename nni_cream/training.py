@@ -17,6 +17,7 @@ from torch import Tensor
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
+from nni_cream.distributed import mean
 from nni_cream.errors import UserError
 
 
@@ -53,6 +54,7 @@ class ImageClassifier(LightningModule):
         self.auxiliary_weight = auxiliary_weight
         self.drop_path_rate = drop_path_rate
         self.train_loss = MeanMetric()
+        self.measured_loss = MeanMetric()
         self.top1 = MulticlassAccuracy(num_classes, average="micro")
         self.top5 = MulticlassAccuracy(num_classes, average="micro", top_k=min(5, num_classes))
 
@@ -69,8 +71,9 @@ class ImageClassifier(LightningModule):
         loss = F.cross_entropy(logits, targets, label_smoothing=self.label_smoothing)
         for others in auxiliary:
             loss = loss + self.auxiliary_weight * F.cross_entropy(others, targets, label_smoothing=self.label_smoothing)
-        self.train_loss.update(loss.detach())
-        self.log("train_loss", loss.detach(), prog_bar=True)
+        shown = mean(loss)
+        self.train_loss.update(shown)
+        self.log("train_loss", shown, prog_bar=True)
         return loss
 
     def on_train_epoch_start(self) -> None:
@@ -94,12 +97,18 @@ class ImageClassifier(LightningModule):
         self.top5(logits, targets)
         self.log(f"{stage}_accuracy", self.top1, on_epoch=True, prog_bar=True)
         self.log(f"{stage}_top5", self.top5, on_epoch=True)
-        self.log(f"{stage}_loss", F.cross_entropy(logits, targets), on_epoch=True)
+        self.measured_loss(F.cross_entropy(logits, targets), weight=len(targets))
+        # Lightning's own average loses an image where several processes have an odd number of them.
+        self.log(f"{stage}_loss", self.measured_loss, on_epoch=True)
 
     def on_validation_epoch_end(self) -> None:
         """Report the epoch to NNI."""
         training = self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking
-        if not training or not self.trainer.is_global_zero:
+        if not training:
+            return
+        # In every process, because they put their averages together here.
+        train_loss = self.train_loss.compute().item()
+        if not self.trainer.is_global_zero:
             return
         measured = {
             name: value.item() for name, value in self.trainer.callback_metrics.items() if name.startswith("val_")
@@ -108,7 +117,7 @@ class ImageClassifier(LightningModule):
             {
                 "default": measured["val_accuracy"],
                 "epoch": self.trainer.current_epoch + 1,
-                "train_loss": self.train_loss.compute().item(),
+                "train_loss": train_loss,
                 **measured,
             }
         )

@@ -390,7 +390,10 @@ class TestDarts:
                 {"device": {"precision": "16-mixed"}},
                 "device.precision is 16-mixed, but a DARTS search runs in 32-true or",
             ),
-            ({"device": {"devices": 2}}, "device.devices is 2, but a DARTS search runs on one device."),
+            (
+                {"device": {"devices": 3}},
+                "data.batch_size is 64, but the 3 of device.devices share every batch: make it a multiple of that.",
+            ),
             ({"space": {"concat": 5}}, "space.concat is 5, but a cell has space.nodes = 4."),
             ({"space": {"concat": 3, "nodes": 2}}, "space.concat is 3, but a cell has space.nodes = 2."),
             ({"space": {"concat": 0}}, "'space.concat' is 0, but should be greater than 0."),

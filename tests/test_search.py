@@ -376,6 +376,26 @@ class TestBatches:
         assert str(caught.value) == ("data.batch_size is 8, but there are 7 images to train on: make it at most that.")
 
     @pytest.mark.parametrize("training", [True, False])
+    @pytest.mark.parametrize("number", [6, 7, 22, 50])
+    def test_are_divided_among_the_devices(self, monkeypatch: pytest.MonkeyPatch, number: int, training: bool) -> None:
+        torch.manual_seed(0)
+        whole = batches(number, 6, training=training)
+        parts = []
+        for rank in range(3):
+            monkeypatch.setenv("RANK", str(rank))
+            torch.manual_seed(0)
+            parts.append(batches(number, 6, training=training, devices=3))
+        assert [list(itertools.chain(*pieces)) for pieces in zip(*parts, strict=True)] == whole
+        if training:
+            assert {len(piece) for part in parts for piece in part} == {2}
+
+    def test_of_fewer_images_than_devices_are_refused(self) -> None:
+        with pytest.raises(UserError) as caught:
+            batches(2, 6, devices=3)
+        expected = "device.devices is 3, but a part of the data has 2 images: make it smaller."
+        assert str(caught.value) == expected
+
+    @pytest.mark.parametrize("training", [True, False])
     @pytest.mark.parametrize("workers", [0, 2])
     def test_are_loaded_by_workers_that_stay(self, training: bool, workers: int) -> None:
         loader = make_loader(images(8), Data(batch_size=4, workers=workers), training=training)

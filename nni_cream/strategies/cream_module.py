@@ -25,11 +25,14 @@ from torchmetrics import MeanMetric
 
 from nni_cream.board import BoardEntry, PrioritizedBoard
 from nni_cream.cost import Cost, CostTable
+from nni_cream.distributed import agreed, average_, gathered, mean, processes, total
 from nni_cream.errors import UserError
+from nni_cream.launching import refuse_other_strategies
 from nni_cream.matching import MatchingLayer, matching_gradient
 from nni_cream.sampling import Path, PathSampler, Prior
 from nni_cream.supernet.batch_norm import batch_statistics, recalibrated
 from nni_cream.supernet.paths import PathSpace, activate
+from nni_cream.supernet.synchronised import alone
 
 # Paths that are measured at the end of an epoch while nothing is on the board yet.
 _PROBES = 3
@@ -185,6 +188,7 @@ class CreamLightningModule(BaseOneShotLightningModule):
     def on_fit_start(self) -> None:
         """Check that the board gets a chance before anything is trained."""
         super().on_fit_start()
+        refuse_other_strategies(self.trainer)
         epochs = self.trainer.max_epochs
         if epochs is not None and 0 <= epochs <= self.settings.warmup_epochs:
             raise UserError(
@@ -196,7 +200,7 @@ class CreamLightningModule(BaseOneShotLightningModule):
         """Train one path for one batch."""
         images, targets = batch
         if batch_idx == 0:
-            self._check_batch(len(images))
+            self._check_batch(len(images) * processes())
         path = self.paths.to_path(self.resample())
         if self.settings.teacher == "matching" and self.board.entries and self._meta_step_is_due():
             self._meta_step(path, images, targets, batch_idx)
@@ -208,19 +212,19 @@ class CreamLightningModule(BaseOneShotLightningModule):
         if teaching and soft_targets is not None:
             weight = teaching.weight.detach()
             loss = (weight * F.cross_entropy(logits, soft_targets) + (2 - weight) * loss) / 2
-            self.log("teaching_weight", weight, on_step=True, on_epoch=True)
+            self.log("teaching_weight", weight, on_step=True, on_epoch=True, sync_dist=True)
         self.advance_optimization(loss, batch_idx)
         self.advance_lr_schedulers(batch_idx)
         self._steps += 1
 
-        accuracy = _percent_correct(logits, targets)
-        self._train_loss.update(loss.detach())
+        accuracy, loss = _percent_correct(logits, targets), mean(loss)
+        self._train_loss.update(loss)
         self._train_accuracy.update(accuracy / 100)
-        self.log("train_loss", loss.detach(), prog_bar=True)
+        self.log("train_loss", loss, prog_bar=True)
         self.log("train_accuracy", accuracy / 100)
         if self.trainer.current_epoch >= self.settings.warmup_epochs:
             self._consider(path, images, logits.detach(), accuracy)
-        return loss.detach()
+        return loss
 
     def _check_batch(self, size: int) -> None:
         # Only for the first batch: the last one of an epoch may well be smaller, and is left out of both uses.
@@ -243,11 +247,11 @@ class CreamLightningModule(BaseOneShotLightningModule):
             return Teaching(entries[0], torch.tensor(_TOP1_WEIGHT, device=self.device))
         # A board from a checkpoint lies on the CPU.
         images = torch.cat([entry.images for entry in entries]).to(self.device)
-        with torch.no_grad(), batch_statistics(self.model, groups=len(entries)):
+        with torch.no_grad(), alone(), batch_statistics(self.model, groups=len(entries)):
             answers = self.training_module(images).softmax(-1).unflatten(0, (len(entries), -1))
         stored = torch.stack([entry.features for entry in entries])
         logits = self.matching(answers, stored.to(answers))
-        best = int(logits.argmax())
+        best = agreed(int(logits.argmax()))
         return Teaching(entries[best], logits[best].sigmoid())
 
     def _ask_teacher(self, teaching: Teaching, student: Path, images: Tensor) -> Tensor:
@@ -259,10 +263,19 @@ class CreamLightningModule(BaseOneShotLightningModule):
         return answers
 
     def _meta_step(self, path: Path, images: Tensor, targets: Tensor, batch_idx: int) -> None:
-        """Teach the student on one slice, see what that does on another, and move the matching layer accordingly."""
+        """Teach the student on one slice, see what that does on another, and move the matching layer accordingly.
+
+        The slices are small, so that every process takes the same two, whole ones.
+        """
         size = self.settings.board_images
+        images, targets = gathered(images[: 2 * size]), gathered(targets[: 2 * size])
         if len(images) < 2 * size:
             return
+        with alone():
+            self._match(path, images, targets, batch_idx)
+
+    def _match(self, path: Path, images: Tensor, targets: Tensor, batch_idx: int) -> None:
+        size = self.settings.board_images
         teaching = self._choose_teacher()
         assert teaching is not None
         soft_targets = self._ask_teacher(teaching, path, images[:size])
@@ -285,6 +298,7 @@ class CreamLightningModule(BaseOneShotLightningModule):
         gradients = matching_gradient(
             teaching.weight, parameters, [g for _, g in drawn], validation_gradients, learning_rate
         )
+        average_(gradients)
         optimizer: torch.optim.Optimizer = self.architecture_optimizers().optimizer
         for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.grad = gradient
@@ -311,17 +325,17 @@ class CreamLightningModule(BaseOneShotLightningModule):
         """
         typical, self._typical_accuracy = self._typical_accuracy, 0.9 * self._typical_accuracy + 0.1 * accuracy
         room = len(self.board) < self.board.capacity
-        if len(images) < self.settings.board_images or path in self.board or not (room or accuracy > typical):
+        count = self.settings.board_images
+        if len(images) * processes() < count or path in self.board or not (room or accuracy > typical):
             return
         held_out, targets = self._next_held_out()
         with torch.no_grad(), batch_statistics(self.model):
             score = _percent_correct(self.training_module(held_out), targets)
         macs = self.sampler.cost(path)
         if self.board.admits(score, macs):
-            count = self.settings.board_images
-            self.board.add(
-                BoardEntry(path, score, macs, images[:count].clone(), logits[:count].float().softmax(-1).clone())
-            )
+            # The first of all processes' images.
+            kept, answers = (gathered(tensor[:count])[:count].clone() for tensor in (images, logits))
+            self.board.add(BoardEntry(path, score, macs, kept, answers.float().softmax(-1)))
 
     def _next_held_out(self) -> tuple[Tensor, Tensor]:
         if self._held_out is None:
@@ -369,11 +383,14 @@ class CreamLightningModule(BaseOneShotLightningModule):
         """Give the board its new scores, and report the best accuracy."""
         if self.trainer.sanity_checking:
             return
-        shares = [correct.item() / self._seen for correct in self._correct]
-        percent = (100 * correct.item() / self._seen for correct in self._correct)
+        seen, *correct = total(self._seen, *(int(number) for number in self._correct))
+        shares = [number / seen for number in correct]
+        percent = (100 * number / seen for number in correct)
         self.board.rescore(dict(zip(self._measured, percent, strict=True)))
-        self.log("val_accuracy", max(shares), prog_bar=True)
-        self.log("board_size", float(len(self.board)))
+        self.log("val_accuracy", max(shares), prog_bar=True, sync_dist=True)
+        self.log("board_size", float(len(self.board)), sync_dist=True)
+        # In every process, because they put their averages together here.
+        train_loss, train_accuracy = self._train_loss.compute().item(), self._train_accuracy.compute().item()
         if not self.trainer.is_global_zero:
             return
         nni.report_intermediate_result(
@@ -382,8 +399,8 @@ class CreamLightningModule(BaseOneShotLightningModule):
                 "epoch": self.trainer.current_epoch + 1,
                 "val_accuracy": max(shares),
                 "mean_val_accuracy": sum(shares) / len(shares),
-                "train_loss": self._train_loss.compute().item(),
-                "train_accuracy": self._train_accuracy.compute().item(),
+                "train_loss": train_loss,
+                "train_accuracy": train_accuracy,
                 "board_size": len(self.board),
             }
         )
@@ -405,6 +422,7 @@ class CreamLightningModule(BaseOneShotLightningModule):
                     images, targets = self._moved(batch)
                     correct += int((self.training_module(images).argmax(-1) == targets).sum())
                     seen += len(images)
+            correct, seen = total(correct, seen)
             ranked.append(RankedPath(self.paths.to_sample(entry.path), correct / seen, self.cost(entry.path)))
         self.ranking = sorted(ranked, key=lambda path: (-path.accuracy, path.cost.macs, str(path.sample)))
 
@@ -465,9 +483,10 @@ class CreamLightningModule(BaseOneShotLightningModule):
 
 def _is_too_small(batch: tuple[Tensor, Tensor]) -> bool:
     """Tell whether a batch, such as the last one of a loader, has no statistics to normalise with."""
-    return len(batch[0]) < 2
+    return total(len(batch[0]))[0] < 2
 
 
 def _percent_correct(logits: Tensor, targets: Tensor) -> float:
     # A ratio of integers: equal accuracies have to be equal numbers, however many images they were measured on.
-    return 100 * int((logits.argmax(-1) == targets).sum()) / len(targets)
+    correct, number = total(int((logits.argmax(-1) == targets).sum()), len(targets))
+    return 100 * correct / number

@@ -23,9 +23,11 @@ from torchmetrics.aggregation import SumMetric
 from nni_cream import hypergradient
 from nni_cream.collapse import WINDOW, rises_sharply
 from nni_cream.curvature import dominant_eigenvalue
+from nni_cream.distributed import mean
 from nni_cream.errors import UserError
 from nni_cream.genotype import CellKind, entropy
 from nni_cream.hypergradient import Hypergradient
+from nni_cream.launching import refuse_other_strategies
 from nni_cream.supernet.alphas import Alphas
 from nni_cream.supernet.expected_cost import ExpectedCost
 from nni_cream.supernet.functional import pure_loss
@@ -136,6 +138,7 @@ class DartsLightningModule(BaseOneShotLightningModule):
     def on_train_start(self) -> None:
         """Check, before anything is trained, that α learns and that the step of the weights can be unrolled."""
         super().on_train_start()
+        refuse_other_strategies(self.trainer)
         # A search that was ended, and interrupted after that, has nothing left to train.
         self.trainer.should_stop = self.ended_because is not None
         epochs = self.trainer.max_epochs
@@ -157,10 +160,11 @@ class DartsLightningModule(BaseOneShotLightningModule):
             loss = self._criterion(logits, targets)
             self.advance_optimization(loss, batch_idx, self.settings.gradient_clip, "norm")
         self.advance_lr_schedulers(batch_idx)
-        self._train_loss.update(loss.detach())
+        loss = mean(loss)
+        self._train_loss.update(loss)
         self._train_accuracy.update((logits.argmax(-1) == targets).float().mean())
-        self.log("train_loss", loss.detach(), prog_bar=True)
-        return loss.detach()
+        self.log("train_loss", loss, prog_bar=True)
+        return loss
 
     def _architecture_step(self, training: Batch, validation: Batch) -> None:
         result = self.hypergradient(training, validation)
@@ -263,7 +267,7 @@ class DartsLightningModule(BaseOneShotLightningModule):
         eigenvalue = None
         if learning and self.settings.eigenvalue != "off" and self._last_for_alpha is not None:
             metrics["eigenvalue"] = eigenvalue = self._dominant_eigenvalue(self._last_for_alpha)
-        self.log_dict({name: float(value) for name, value in metrics.items() if name != "train_loss"})
+        self.log_dict({name: float(value) for name, value in metrics.items() if name != "train_loss"}, sync_dist=True)
         if self.trainer.is_global_zero:
             nni.report_intermediate_result({"default": accuracy, "epoch": self.trainer.current_epoch + 1, **metrics})
         tables = [table.detach().cpu().clone() for table in self.alphas.parameters()]

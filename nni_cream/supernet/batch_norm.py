@@ -17,6 +17,8 @@ from timm.layers.norm_act import BatchNormAct2d
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from nni_cream.supernet.synchronised import sharers, synchronised
+
 # PyTorch's group norm is fast for so many pixels, and many times slower than anything else for fewer; measured on CPUs.
 _LARGE: Final = 2048
 
@@ -49,7 +51,8 @@ def batch_statistics(network: nn.Module, groups: int = 1) -> Iterator[None]:
 
 
 def _normalise_groups(norm: _BatchNorm, groups: int, features: Tensor) -> Tensor:
-    if type(norm) in (nn.BatchNorm2d, BatchNormAct2d) and features.is_contiguous(memory_format=torch.channels_last):
+    plain = type(norm) in (nn.BatchNorm2d, BatchNormAct2d) and sharers() == 1
+    if plain and features.is_contiguous(memory_format=torch.channels_last):
         images, channels, height, width = features.shape
         # The images of a group, one below the other.
         joint = features.permute(0, 2, 3, 1).reshape(groups, -1, width, channels)
@@ -80,7 +83,8 @@ def _normalise_images(images: Tensor, weight: Tensor | None, bias: Tensor | None
 def recalibrated(network: nn.Module, batches: Iterable[Tensor]) -> Iterator[None]:
     """Evaluate ``network`` with running statistics recomputed over ``batches`` of images.
 
-    Each statistic becomes the plain average over the batches. On leaving, modes and statistics are as before.
+    Each statistic becomes the plain average over the batches, of which several processes have a part each. On leaving,
+    modes and statistics are as before.
     """
     norms = _batch_norms(network)
     modes = [(module, module.training) for module in network.modules()]
@@ -94,7 +98,8 @@ def recalibrated(network: nn.Module, batches: Iterable[Tensor]) -> Iterator[None
             norm.train()
         with torch.no_grad():
             for images in batches:
-                network(images)
+                with synchronised():
+                    network(images)
         network.eval()
         yield
     finally:

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from nni_cream.distributed import processes, reduce, replicate
 from nni_cream.supernet.batch_norm import batch_statistics
+from nni_cream.supernet.synchronised import synchronised
 
 
 def pure_loss(
@@ -23,6 +25,9 @@ def pure_loss(
     at every call, and the generators are afterwards where they were. The result is in the parameters' own precision,
     outside any autocast.
 
+    Of several processes, each gives its part of the batch, equally many images, and all get the loss of the whole; its
+    derivatives, of any order, are those of the whole too.
+
     Args:
         network: the network. What ``names`` leaves out keeps its value.
         names: for every argument of the function, the names of the parameters in it.
@@ -35,13 +40,16 @@ def pure_loss(
         given = {
             name: tensor
             for group_names, group in zip(names, groups, strict=True)
-            for name, tensor in zip(group_names, group, strict=True)
+            # Group by group: what is not differentiated by is not added up.
+            for name, tensor in zip(group_names, replicate(*group), strict=True)
         }
         with (
             torch.random.fork_rng(devices),
             batch_statistics(network),
+            synchronised(),
             torch.autocast(images.device.type, enabled=False),
         ):
-            return criterion(functional_call(network, given, (images,)))
+            (mean,) = reduce(criterion(functional_call(network, given, (images,))) / processes())
+            return mean
 
     return loss

@@ -27,6 +27,7 @@ from nni_cream.supernet.depthwise import DepthwiseConv2d, convolve
 from nni_cream.supernet.mixed import MixingWeights
 from nni_cream.supernet.mixed_cell import MixedCell
 from nni_cream.supernet.pointwise import joined, moments, products
+from nni_cream.supernet.synchronised import averages, sharers
 
 _POOLS: Final = (nn.MaxPool2d, nn.AvgPool2d)
 _LAYERS_OF_A_STAGE: Final = (nn.ReLU, DepthwiseConv2d, nn.Conv2d, nn.BatchNorm2d)
@@ -84,7 +85,11 @@ class Statistics:
         self._seen: list[tuple[Sequence[Any], Tensor, Tensor, int]] = []
 
     def choose(self, norms: Sequence[Any], mean: Tensor, variance: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        """Return mean and variance to normalise with, given those of the batch ([norms or 1, channels])."""
+        """Return mean and variance to normalise with, given those of the batch ([norms or 1, channels]).
+
+        The batch may be divided among processes, each with ``count`` values a channel.
+        """
+        count *= sharers()
         shape = (len(norms), mean.shape[-1])
         self._seen.append((norms, mean.detach().expand(shape), variance.detach().expand(shape), count))
         return mean, variance
@@ -253,8 +258,8 @@ def _shared(departure: Departure, state: Tensor, mixing: Tensor, statistics: Any
     for column, (pool, norms) in departure.pools.items():
         pooled = _matrix(pool(state))
         if statistics.of_batch:
-            mean = pooled.mean(0, keepdim=True)
-            variance = (pooled - mean).square().mean(0, keepdim=True)
+            (mean,) = averages(pooled.mean(0, keepdim=True))
+            (variance,) = averages((pooled - mean).square().mean(0, keepdim=True))
             mean, variance = statistics.choose(norms, mean, variance, len(pooled))
         else:
             mean, variance = statistics.running(norms)

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nni_cream.supernet.synchronised import averages
+
 # Products of narrower groups cost more than the zeros that join them; measured on CPUs.
 _NARROWEST = 16
 
@@ -187,9 +189,8 @@ def products(bias: Tensor, *pairs: tuple[Tensor, Tensor]) -> Tensor:
 def moments(matrix: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return a matrix [P, groups · in], for further use, and mean and covariance of its channels.
 
-    These are [groups, in] and [groups, in, in].
+    These are [groups, in] and [groups, in, in], of the rows of all processes where norms are synchronised.
     """
     matrix, total, square = _Moments.apply(matrix, _blocks(groups, matrix.shape[1] // groups))
-    mean = total.view(groups, -1) / len(matrix)
-    covariance = _diagonal(square, groups) / len(matrix) - mean[:, :, None] * mean[:, None, :]
-    return matrix, mean, covariance
+    mean, second = averages(total.view(groups, -1) / len(matrix), _diagonal(square, groups) / len(matrix))
+    return matrix, mean, second - mean[:, :, None] * mean[:, None, :]
