@@ -169,13 +169,17 @@ def _inherited(given: dict[str, Any], inherited: dict[str, Any], origin: str) ->
 
 
 class Optimizer(Settings):
-    """Arguments of ``timm.optim.create_optimizer_v2``."""
+    """Arguments of ``timm.optim.create_optimizer_v2``.
+
+    ``execution`` is how torch runs a step of its own optimizers; None is its own choice.
+    """
 
     name: str = "sgd"
     lr: PositiveFloat = 0.1
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     weight_decay: NotNegative = 1e-4
     filter_bias_and_bn: bool = True
+    execution: Literal["foreach", "fused"] | None = None
 
     @model_validator(mode="after")
     def _nesterov_has_momentum(self) -> Optimizer:
@@ -195,6 +199,7 @@ class Optimizer(Settings):
             "momentum": self.momentum,
             "weight_decay": self.weight_decay,
             "filter_bias_and_bn": self.filter_bias_and_bn,
+            **({self.execution: True} if self.execution else {}),
         }
 
 
@@ -237,6 +242,30 @@ class Device(Settings):
     precision: Literal["32-true", "16-mixed", "bf16-mixed"] = "32-true"
     memory_format: Literal["channels_last", "contiguous_format"] = "channels_last"
     threads: PositiveInt | None = None
+
+
+class TrainingDevice(Device):
+    """As :class:`Device`; ``compile`` is a mode of ``torch.compile``, ``reduce-overhead`` being its CUDA graphs.
+
+    Only what is the same in every step can be compiled: the network of a training, not that of a search.
+    """
+
+    compile: Literal["off", "default", "reduce-overhead"] = "off"
+
+    @field_validator("compile", mode="before")
+    @classmethod
+    def _off_is_a_word(cls, value: Any) -> Any:
+        # YAML reads an off without quotation marks as false.
+        return "off" if value is False else value
+
+    @model_validator(mode="after")
+    def _compiles_for_one(self) -> TrainingDevice:
+        if self.compile != "off" and self.devices > 1:
+            raise ValueError(
+                f"compile is {self.compile!r} and devices is {self.devices}, but batch norms that processes share "
+                "cannot be compiled: leave compile off"
+            )
+        return self
 
 
 class Flops(Settings):
@@ -360,6 +389,17 @@ class Recipe(Settings):
         return self
 
     @model_validator(mode="after")
+    def _scaled_gradients_are_clipped(self) -> Recipe:
+        # A fused step takes the scale of the loss off by itself, too late for whoever clips before it, and Lightning
+        # refuses it in bf16-mixed too.
+        if self.device.precision != "32-true" and self.optimizer.execution == "fused":
+            raise ValueError(
+                f"optimizer.execution is 'fused', which cannot clip the gradients of device.precision "
+                f"{self.device.precision}; take foreach"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _devices_share_a_batch(self) -> Recipe:
         if self.data.batch_size % self.device.devices:
             raise ValueError(
@@ -412,8 +452,6 @@ class DartsRecipe(Recipe):
                 f"darts.warmup_epochs is {self.darts.warmup_epochs}, but α learns after it and epochs is "
                 f"{self.epochs}: make it smaller"
             )
-        if self.device.precision == "16-mixed":
-            raise ValueError("device.precision is 16-mixed, but a DARTS search runs in 32-true or bf16-mixed")
         if self.darts.order == "second" and self.optimizer.name.lower() not in _UNROLLED:
             raise ValueError(
                 f"optimizer.name is {self.optimizer.name!r}, but darts.order: second unrolls a step of "
@@ -444,6 +482,7 @@ class RetrainRecipe(Recipe):
     gradient_clip: PositiveFloat | None = None
     auxiliary_weight: NotNegative = 0.4
     inherit_weights: bool = False
+    device: TrainingDevice = TrainingDevice()
     darts: DartsNetworkSettings = DartsNetworkSettings()
 
 

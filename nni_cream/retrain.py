@@ -31,7 +31,8 @@ def retrain(recipe: RetrainRecipe, candidate: Candidate, directory: RunDirectory
         The accuracy on the test part, which neither the search nor this training has seen, in [0, 1].
 
     Raises:
-        UserError: if inherited weights are asked for and there are none that fit.
+        UserError: if inherited weights are asked for and there are none that fit, or a network that changes is to be
+            compiled.
     """
     result_file = directory.path / "result.json"
     reporter = Reporter(directory.path, quiet=on_terminal())
@@ -60,6 +61,13 @@ def retrain(recipe: RetrainRecipe, candidate: Candidate, directory: RunDirectory
     cost = measure_network(network, data.resolution)
     refuse_resolution(network, data.resolution)
     arrange_in_memory(network, recipe.device)
+    if recipe.device.compile != "off":
+        if recipe.drop_path_rate and hasattr(network, "set_drop_path_rate"):
+            raise UserError(
+                f"device.compile is {recipe.device.compile!r}, but a network whose drop path rises would be compiled "
+                "anew in every epoch: leave it off, or make drop_path_rate 0."
+            )
+        network.compile(mode=recipe.device.compile)
 
     module = ImageClassifier(
         splits.num_classes,

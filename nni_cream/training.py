@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 import math
 from collections.abc import Mapping
 from typing import Any
 
 import nni
+import torch
 import torch.nn.functional as F
 from nni.nas.evaluator.pytorch import LightningModule
 from pytorch_lightning.trainer.states import TrainerFn
-from timm.optim._optim_factory import create_optimizer_v2, list_optimizers
+from timm.optim._optim_factory import create_optimizer_v2, get_optimizer_class, list_optimizers
 from timm.scheduler.scheduler_factory import create_scheduler_v2
 from torch import Tensor
 from torchmetrics import MeanMetric
@@ -34,7 +36,7 @@ class ImageClassifier(LightningModule):
         drop_path_rate: what the drop path of a network with ``set_drop_path_rate`` rises to, from 0, epoch by epoch.
 
     Raises:
-        UserError: if timm has no optimizer of that name.
+        UserError: if timm has no optimizer of that name, or the optimizer cannot be executed so.
     """
 
     def __init__(
@@ -47,7 +49,7 @@ class ImageClassifier(LightningModule):
         drop_path_rate: float = 0.0,
     ) -> None:
         super().__init__()
-        _check_optimizer(optimizer["opt"])
+        _check_optimizer(optimizer)
         self.optimizer_arguments = dict(optimizer)
         self.schedule_arguments = dict(schedule)
         self.label_smoothing = label_smoothing
@@ -125,6 +127,11 @@ class ImageClassifier(LightningModule):
     def configure_optimizers(self) -> Any:
         """Build optimizer and schedule with timm."""
         optimizer = create_optimizer_v2(self.model, **self.optimizer_arguments)
+        if optimizer.defaults.get("fused") and optimizer.defaults.get("momentum"):
+            # torch's fused step takes no parameters of which some have been stepped before and others have not, as in a
+            # supernet. With a buffer of zeros the first step is the same.
+            for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         epochs = self.trainer.max_epochs or 1
         scheduler, _ = create_scheduler_v2(
             optimizer,
@@ -143,8 +150,21 @@ class ImageClassifier(LightningModule):
             scheduler.step_update(num_updates=self.trainer.fit_loop.total_batch_idx + 1)
 
 
-def _check_optimizer(name: str) -> None:
+def loss_scale(trainer: Any) -> float:
+    """Return by what Lightning multiplies the loss, and with it the gradients until a step: 1 but with 16-mixed."""
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    return 1.0 if scaler is None else float(scaler.get_scale())
+
+
+def _check_optimizer(arguments: Mapping[str, Any]) -> None:
+    name = arguments["opt"]
     known = list_optimizers()
     if name.lower().removeprefix("lookahead_") not in known:
         near = difflib.get_close_matches(name, known, n=1, cutoff=0)[0]
         raise UserError(f"timm has no optimizer {name!r} (optimizer.name); did you mean {near!r}?")
+    for execution in ("foreach", "fused"):
+        taken = inspect.signature(get_optimizer_class(name.lower().removeprefix("lookahead_"))).parameters
+        if arguments.get(execution) and execution not in taken:
+            raise UserError(
+                f"The optimizer {name!r} has no {execution} execution (optimizer.execution); leave that out."
+            )

@@ -387,9 +387,10 @@ class TestDarts:
             ),
             ({"optimizer": {"name": "lookahead_sgd"}}, "optimizer.name is 'lookahead_sgd', but darts.order: second"),
             (
-                {"device": {"precision": "16-mixed"}},
-                "device.precision is 16-mixed, but a DARTS search runs in 32-true or",
+                {"device": {"precision": "16-mixed"}, "optimizer": {"execution": "fused"}},
+                "optimizer.execution is 'fused', which cannot clip the gradients of device.precision 16-mixed",
             ),
+            ({"device": {"compile": "default"}}, "'device.compile' is not a setting"),
             (
                 {"device": {"devices": 3}},
                 "data.batch_size is 64, but the 3 of device.devices share every batch: make it a multiple of that.",
@@ -462,7 +463,9 @@ class TestDarts:
             {"darts": {"warmup_epochs": 29}},
             {"darts": {"order": "first"}, "optimizer": {"name": "adam"}},
             *({"optimizer": {"name": name}} for name in ("sgd", "momentum", "nesterov", "SGD")),
-            {"device": {"precision": "bf16-mixed"}},
+            {"device": {"precision": "bf16-mixed"}, "optimizer": {"execution": "foreach"}},
+            {"device": {"precision": "32-true"}, "optimizer": {"execution": "fused"}},
+            {"device": {"precision": "16-mixed"}, "optimizer": {"execution": "foreach"}},
             {"space": {"concat": 4, "channels": 2, "cells": 3}},
             {"data": {"resolution": 36}},
             {"darts": {"gradient_clip": None, "flops_target": None, "skip_limit": 0, "stop_above_skips": 0}},

@@ -127,6 +127,31 @@ def test_settings_reach_trainer_module_and_network(
     assert len(arranged["training"].dataset) == 145
 
 
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_a_compiled_network_learns_the_same(
+    tmp_path: Path, candidate: Candidate, monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    asked: list[Any] = []
+
+    def compile_(network: nn.Module, **arguments: Any) -> None:
+        asked.append(arguments)
+        # All of torch.compile but the code generator, which takes minutes on a CPU.
+        network._compiled_call_impl = torch.compile(network._call_impl, backend="aot_eager")
+
+    settings = {"drop_path_rate": 0.0, "darts": {**DARTS, "auxiliary": False}}
+    expected = run(tmp_path / "plain", candidate, **settings)
+    monkeypatch.setattr(nn.Module, "compile", compile_)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    assert run(tmp_path / "compiled", candidate, device={"accelerator": "cpu", "compile": mode}, **settings) == expected
+    assert asked == [{"mode": mode}]
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 2
+    assert not torch._dynamo.utils.counters["graph_break"]
+    plain, compiled = (load_checkpoint(tmp_path / run / "model.safetensors").network for run in ("plain", "compiled"))
+    for (name, tensor), other in zip(plain.state_dict().items(), compiled.state_dict().values(), strict=True):
+        assert torch.allclose(tensor, other, rtol=1e-3, atol=1e-5), name
+
+
 def test_gradients_are_clipped_by_their_norm(tmp_path: Path, candidate: Candidate, monkeypatch: Any) -> None:
     """With a limit that every gradient exceeds, every step has exactly that norm."""
     norms = []
@@ -160,6 +185,7 @@ def test_gradients_are_clipped_by_their_norm(tmp_path: Path, candidate: Candidat
             "needs an even height and width",
         ),
         ({"data": {**RECIPE["data"], "batch_size": 200}}, "data.batch_size is 200, but there are 145 images"),
+        ({"device": {"compile": "default"}}, "whose drop path rises would be compiled anew in every epoch"),
     ],
     ids=str,
 )

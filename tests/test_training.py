@@ -405,3 +405,9 @@ def test_an_unknown_optimizer_is_named_before_anything_is_trained() -> None:
     with pytest.raises(UserError, match=r"timm has no optimizer 'adaam' \(optimizer.name\); did you mean 'adamw?'\?"):
         ImageClassifier(2, {"opt": "adaam"}, {})
     ImageClassifier(2, {"opt": "lookahead_sgd"}, {})
+
+
+def test_an_optimizer_that_cannot_be_executed_so() -> None:
+    with pytest.raises(UserError, match=r"The optimizer 'lamb' has no fused execution \(optimizer.execution\)"):
+        ImageClassifier(2, {"opt": "lamb", "fused": True}, {})
+    ImageClassifier(2, {"opt": "adamw", "fused": True}, {})

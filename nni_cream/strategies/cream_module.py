@@ -33,6 +33,7 @@ from nni_cream.sampling import Path, PathSampler, Prior
 from nni_cream.supernet.batch_norm import batch_statistics, recalibrated
 from nni_cream.supernet.paths import PathSpace, activate
 from nni_cream.supernet.synchronised import alone
+from nni_cream.training import loss_scale
 
 # Paths that are measured at the end of an epoch while nothing is on the board yet.
 _PROBES = 3
@@ -281,7 +282,8 @@ class CreamLightningModule(BaseOneShotLightningModule):
         soft_targets = self._ask_teacher(teaching, path, images[:size])
         weights = [p for p in self.model.parameters() if p.requires_grad]
         teaching_loss = F.cross_entropy(self.training_module(images[:size]), soft_targets)
-        scale = self._loss_scale()
+        # Without it small gradients would be 0 in 16-mixed.
+        scale = loss_scale(self.trainer)
         gradients = torch.autograd.grad(scale * teaching_loss, weights, allow_unused=True)
         drawn = [(p, g / scale) for p, g in zip(weights, gradients, strict=True) if g is not None]
         learning_rate = self._weight_optimizer().param_groups[0]["lr"]
@@ -299,17 +301,16 @@ class CreamLightningModule(BaseOneShotLightningModule):
             teaching.weight, parameters, [g for _, g in drawn], validation_gradients, learning_rate
         )
         average_(gradients)
+        if scale != 1 and not all(gradient.isfinite().all() for gradient in gradients):
+            # Scaled gradients have left the range of float16. The step of the weights has been left out for that, and
+            # the scale lowered.
+            return
         optimizer: torch.optim.Optimizer = self.architecture_optimizers().optimizer
         for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.grad = gradient
         # Not through Lightning, whose loss scaling (16-mixed) knows nothing of this gradient.
         optimizer.step()
         optimizer.zero_grad()
-
-    def _loss_scale(self) -> float:
-        # 16-mixed: without it small gradients would be 0.
-        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
-        return 1.0 if scaler is None else float(scaler.get_scale())
 
     def _weight_optimizer(self) -> torch.optim.Optimizer:
         optimizers: list[torch.optim.Optimizer] = self.trainer.optimizers

@@ -32,6 +32,7 @@ from nni_cream.supernet.alphas import Alphas
 from nni_cream.supernet.expected_cost import ExpectedCost
 from nni_cream.supernet.functional import pure_loss
 from nni_cream.supernet.mixed_cell import MixedCell
+from nni_cream.training import loss_scale
 
 HypergradientKind = Literal["exact", "finite_difference"]
 EigenvalueGuard = Literal["off", "track", "stop", "rollback"]
@@ -158,7 +159,10 @@ class DartsLightningModule(BaseOneShotLightningModule):
         with self._fixed_alphas():
             logits = self.training_module(images)
             loss = self._criterion(logits, targets)
-            self.advance_optimization(loss, batch_idx, self.settings.gradient_clip, "norm")
+            clip = self.settings.gradient_clip
+            if clip is not None:
+                clip *= loss_scale(self.trainer)
+            self.advance_optimization(loss, batch_idx, clip, "norm")
         self.advance_lr_schedulers(batch_idx)
         loss = mean(loss)
         self._train_loss.update(loss)
@@ -182,7 +186,15 @@ class DartsLightningModule(BaseOneShotLightningModule):
         self.log("alpha_loss", result.valid_loss)
 
     def hypergradient(self, training: Batch, validation: Batch) -> Hypergradient:
-        """Return the gradient of the validation loss in α, of the kind that the settings ask for."""
+        """Return the gradient of the validation loss in α, of the kind that the settings ask for.
+
+        In the parameters' own precision: a difference of gradients would be lost in a shorter one.
+        """
+        # Losses leave it by themselves, but their derivatives are computed here.
+        with torch.autocast(self.device.type, enabled=False):
+            return self._hypergradient(training, validation)
+
+    def _hypergradient(self, training: Batch, validation: Batch) -> Hypergradient:
         train_loss, valid_loss = self.pure_loss(training), self.pure_loss(validation)
         alphas = list(self.alphas.parameters())
         if self.settings.order == "first":

@@ -253,7 +253,14 @@ def _bilinear_tangent(form: Callable[..., Tensor], ctx: Any, tangents: Any) -> T
 
 
 def convolve(features: Tensor, weight: Tensor, stride: Pair, padding: Pair, dilation: Pair) -> Tensor:
-    """Convolve [N, C, H, W] depthwise with ``weight`` [C, 1, k, k], with the derivatives of this module."""
+    """Convolve [N, C, H, W] depthwise with ``weight`` [C, 1, k, k], with the derivatives of this module.
+
+    Under autocast in its precision, as torch's own convolutions.
+    """
+    if torch.is_autocast_enabled(features.device.type):
+        # Here, so that what is kept for the derivatives is of one type.
+        dtype = torch.get_autocast_dtype(features.device.type)
+        features, weight = features.to(dtype), weight.to(dtype)
     height, width, kernel = *features.shape[2:], weight.shape[2:]
     geometry = Geometry(stride, padding, dilation, (height, width), (kernel[0], kernel[1]))
     output: Tensor = _Convolve.apply(features, weight, geometry)

@@ -1,0 +1,276 @@
+"""What a step of a Cream search costs, against a straightforward implementation of the same mathematics.
+
+    python benchmarks/cream_step.py
+
+Both run in one process, on the same supernet with the same board, in turns; before each the weights, the optimizer and
+all random states are put back. The straightforward one does what the published code does, with its errors corrected:
+it asks the student for the images of one entry after the other, with a graph each; the meta step differentiates through
+the student's step (a double backward); nothing is laid out in a special way in memory. First the two are compared: the
+teacher, the loss, the weights after the step, and the matching layer after a meta step have to be the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+import torch.nn.functional as F
+from common import judged, save_result, table
+from nni.nas.evaluator.pytorch import DataLoader, Lightning, Trainer
+from nni.nas.execution import SequentialExecutionEngine
+from nni.nas.space import RawFormatModelSpace
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils.data import TensorDataset
+
+from nni_cream.strategies.cream import CreamStrategy
+from nni_cream.strategies.cream_module import CreamLightningModule, Teaching
+from nni_cream.training import ImageClassifier
+from search_spaces.cream import CreamSpace
+
+Batch = tuple[Tensor, Tensor]
+# The published setting at a size for two cores, and that of experiments/recipes/cream_mnist5k.yml.
+SETTINGS = {
+    "batch 16, 64 px, board 10×4": {"batch": 16, "resolution": 64, "board": 10, "images": 4, "classes": 100},
+    "batch 64, 32 px, board 5×8": {"batch": 64, "resolution": 32, "board": 5, "images": 8, "classes": 10},
+}
+DEPTHS = (1, 2, 2, 2, 1)
+TARGETS = {
+    "step, straightforward / ours": (">=", 2.0),
+    "choosing a teacher / step": ("<=", 0.15),
+    "step with a meta step / step": ("<=", 1.6),
+}
+
+
+class Straightforward(CreamLightningModule):
+    """The step written down as it is described; see the module."""
+
+    def _choose_teacher(self) -> Teaching | None:
+        logits = []
+        for entry in self.board.entries:
+            answers = self.training_module(entry.images).softmax(-1)
+            difference = (answers - entry.features).flatten()
+            logits.append(self.matching.linear(difference))
+        best = int(torch.cat(logits).argmax())
+        return Teaching(self.board.entries[best], logits[best].squeeze().sigmoid())
+
+    def _ask_teacher(self, teaching: Teaching, student: Any, images: Tensor) -> Tensor:
+        self._activate(teaching.entry.path)
+        with torch.no_grad():
+            answers: Tensor = self.training_module(images).softmax(-1)
+        self._activate(student)
+        return answers
+
+    def _meta_step(self, path: Any, images: Tensor, targets: Tensor, batch_idx: int) -> None:
+        size = self.settings.board_images
+        teaching = self._choose_teacher()
+        assert teaching is not None
+        soft_targets = self._ask_teacher(teaching, path, images[:size])
+        named = dict(self.training_module.named_parameters())
+        before = {name: parameter.detach().clone().requires_grad_() for name, parameter in named.items()}
+        logits = functional_call(self.training_module, before, (images[:size],))
+        loss = teaching.weight * F.cross_entropy(logits, soft_targets)
+        slopes = torch.autograd.grad(loss, list(before.values()), create_graph=True, allow_unused=True)
+        optimizer = self._weight_optimizer()
+        for parameter, slope in zip(named.values(), slopes, strict=True):
+            parameter.grad = None if slope is None else slope.detach()
+        optimizer.step()
+        optimizer.zero_grad()
+
+        # Where the optimizer has gone, momentum and decay included, as it depends on the gradient of the step.
+        rate = optimizer.param_groups[0]["lr"]
+        after = {}
+        for (name, parameter), start, slope in zip(named.items(), before.values(), slopes, strict=True):
+            moved = start if slope is None else start - rate * slope
+            after[name] = moved + (parameter - moved).detach()
+        logits = functional_call(self.training_module, after, (images[size : 2 * size],))
+        held_out = F.cross_entropy(logits, targets[size : 2 * size], label_smoothing=self.settings.label_smoothing)
+        parameters = list(self.matching.parameters())
+        gradients = torch.autograd.grad(held_out, parameters)
+        matcher = self.architecture_optimizers().optimizer
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient
+        matcher.step()
+        matcher.zero_grad()
+
+
+class State:
+    """Everything that a step changes."""
+
+    def __init__(self, module: CreamLightningModule) -> None:
+        self.module = module
+        self.tensors = {name: value.detach().clone() for name, value in module.state_dict().items()}
+        self.optimizers = [copy.deepcopy(optimizer.state_dict()) for optimizer in module.trainer.optimizers]
+        self.generator = copy.deepcopy(module._generator.bit_generator.state)
+        self.kept = {name: getattr(module, name) for name in ("_steps", "_typical_accuracy")}
+        self.board = module.board.state_dict()
+
+    def restore(self) -> None:
+        """Put it back."""
+        self.module.load_state_dict(self.tensors)
+        for optimizer, state in zip(self.module.trainer.optimizers, self.optimizers, strict=True):
+            optimizer.load_state_dict(copy.deepcopy(state))
+        self.module._generator.bit_generator.state = copy.deepcopy(self.generator)
+        for name, value in self.kept.items():
+            setattr(self.module, name, value)
+        self.module.board.load_state_dict(self.board)
+
+
+class Measurement(pl.Callback):
+    """Measures as soon as the board is full, and ends the search."""
+
+    def __init__(self, repetitions: int) -> None:
+        self.repetitions = repetitions
+        self.result: dict[str, Any] = {}
+
+    def on_train_batch_start(self, trainer: Any, module: Any, batch: Batch, batch_idx: int) -> None:
+        """Measure on this batch, once the board is full."""
+        if len(module.board) < module.board.capacity or self.result:
+            return
+        self.state = State(module)
+        self.result["agreement"] = self._agreement(module, batch)
+        parts = ("step", "choosing", "meta step")
+        seconds: dict[str, dict[str, list[float]]] = {
+            kind: {part: [] for part in parts} for kind in ("ours", "straightforward")
+        }
+        for _ in range(self.repetitions):
+            for kind, found in seconds.items():
+                with self._as(module, kind):
+                    for part in parts:
+                        found[part].append(self._time(module, batch, part))
+        self.result["seconds"] = {
+            kind: {part: _spread(values) for part, values in found.items()} for kind, found in seconds.items()
+        }
+        self.state.restore()
+        trainer.should_stop = True
+
+    @contextlib.contextmanager
+    def _as(self, module: CreamLightningModule, kind: str) -> Iterator[None]:
+        gates = [gate for gate in module.model.modules() if isinstance(gate, nn.Hardsigmoid)]
+        if kind == "straightforward":
+            module.__class__ = Straightforward
+            module.model.to(memory_format=torch.contiguous_format)
+            for gate in gates:
+                # torch's own has no second derivative.
+                gate.forward = lambda x: F.relu6(x + 3) / 6  # type: ignore[method-assign]
+        else:
+            module.model.to(memory_format=torch.channels_last)
+        try:
+            yield
+        finally:
+            module.__class__ = CreamLightningModule
+            for gate in gates:
+                vars(gate).pop("forward", None)
+
+    def _time(self, module: CreamLightningModule, batch: Batch, part: str) -> float:
+        self.state.restore()
+        work: Callable[[], Any] = lambda: module.training_step(batch, 1)  # noqa: E731
+        module._steps = 1  # no meta step
+        if part == "choosing":
+            module.resample()
+            work = module._choose_teacher
+        elif part == "meta step":
+            module._steps = module.settings.meta_interval
+        started = time.perf_counter()
+        work()
+        return time.perf_counter() - started
+
+    def _agreement(self, module: CreamLightningModule, batch: Batch) -> dict[str, float]:
+        """Return how far the two are from each other, relative to what a step changes."""
+        found = {}
+        for name, steps in (("weights", 1), ("matching layer", module.settings.meta_interval)):
+            ends = {}
+            for kind in ("ours", "straightforward"):
+                self.state.restore()
+                with self._as(module, kind):
+                    module._steps = steps
+                    module.training_step(batch, 1)
+                network = module.matching if name == "matching layer" else module.training_module
+                ends[kind] = torch.cat([p.detach().flatten() for p in network.parameters()])
+            prefix = "matching." if name == "matching layer" else "training_module."
+            parameters = dict(module.named_parameters())
+            start = torch.cat(
+                [value.flatten() for key, value in self.state.tensors.items() if key in parameters and prefix in key]
+            )
+            moved = (ends["ours"] - start).norm()
+            found[name] = ((ends["ours"] - ends["straightforward"]).norm() / moved).item()
+        return found
+
+
+def _spread(values: list[float]) -> dict[str, float]:
+    quartiles = statistics.quantiles(values, n=4)
+    return {"median": statistics.median(values), "quartile range": quartiles[2] - quartiles[0]}
+
+
+def measure(setting: dict[str, int], repetitions: int, precision: str) -> dict[str, Any]:
+    """Search until the board is full, and measure."""
+    pl.seed_everything(0, verbose=False)
+    size, classes = setting["batch"], setting["classes"]
+    labels = torch.arange(size * 8) % classes
+    images = torch.randn(len(labels), 3, setting["resolution"], setting["resolution"])
+    data = TensorDataset(images, labels)
+    space = CreamSpace(DEPTHS, classes)
+    space.to(memory_format=torch.channels_last)
+    measurement = Measurement(repetitions)
+    module = ImageClassifier(classes, {"opt": "sgd", "lr": 0.01, "momentum": 0.9}, {"sched": "poly", "decay_rate": 1.0})
+    trainer = Trainer(
+        max_epochs=8,
+        accelerator="cpu",
+        precision=precision,
+        callbacks=[measurement],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+    )
+    evaluator = Lightning(
+        module,
+        trainer,
+        train_dataloaders=DataLoader(data, batch_size=size, drop_last=True),
+        val_dataloaders=DataLoader(TensorDataset(images[:size], labels[:size]), batch_size=size),
+    )
+    strategy = CreamStrategy(
+        board_size=setting["board"],
+        board_images=setting["images"],
+        admission_gap=0,
+        warmup_epochs=1,
+        recalibration_batches=1,
+        matching_lr=0.1,
+    )
+    strategy(RawFormatModelSpace.from_model(space, evaluator), SequentialExecutionEngine())
+    return measurement.result
+
+
+def main() -> None:
+    """Measure, save the result, and print it as a table."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--repetitions", type=int, default=15, help="of each measurement (default: %(default)s)")
+    arguments = parser.parse_args()
+    results, rows = {}, {}
+    for name, setting in SETTINGS.items():
+        agreement = measure(setting, 2, "64-true")["agreement"]
+        found = measure(setting, arguments.repetitions, "32-true")
+        ours, theirs = ({p: s["median"] for p, s in found["seconds"][k].items()} for k in ("ours", "straightforward"))
+        ratios = {
+            "step, straightforward / ours": theirs["step"] / ours["step"],
+            "choosing a teacher / step": ours["choosing"] / ours["step"],
+            "step with a meta step / step": ours["meta step"] / ours["step"],
+        }
+        rows[name] = {what: judged(ratio, TARGETS[what]) for what, ratio in ratios.items()}
+        results[name] = {"agreement in float64": agreement, "seconds": found["seconds"]}
+    print(table(rows))
+    content = {"threads": torch.get_num_threads(), "repetitions": arguments.repetitions}
+    file = save_result("cream_step", {**content, "results": results, "table": rows})
+    print(f"written to {file}")
+
+
+if __name__ == "__main__":
+    main()
