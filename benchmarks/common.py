@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import platform
 import shutil
 import statistics
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -49,6 +53,32 @@ def settings_arguments(settings: dict[str, Any]) -> list[str]:
     return [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
 
 
+def make_parser(description: str | None) -> argparse.ArgumentParser:
+    """Return a parser of what every benchmark of speed can be told: where it runs.
+
+    Args:
+        description: the docstring of the script, whose first line is shown.
+    """
+    parser = argparse.ArgumentParser(description=(description or "").partition("\n")[0])
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where it runs (default: %(default)s)")
+    return parser
+
+
+def seconds_of(work: Callable[[], Any], device: str) -> float:
+    """Return how long ``work`` takes, on a GPU until that has done all of it."""
+    finish(device)
+    started = time.perf_counter()
+    work()
+    finish(device)
+    return time.perf_counter() - started
+
+
+def finish(device: str) -> None:
+    """Wait until a GPU has nothing left to do."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
 def mean_and_spread(values: Sequence[float]) -> dict[str, float]:
     """Return mean and standard deviation (n − 1)."""
     return {"mean": statistics.mean(values), "sd": statistics.stdev(values) if len(values) > 1 else 0.0}
@@ -73,17 +103,27 @@ def table(rows: Mapping[str, Mapping[str, dict[str, Any]]]) -> str:
     return "\n".join(lines)
 
 
-def save_result(name: str, content: dict[str, Any]) -> Path:
+def save_result(name: str, content: dict[str, Any], device: str = "cpu") -> Path:
     """Write ``content`` into ``benchmarks/results``, with the machine, the versions and the commit."""
-    file = RESULTS / f"{name}.json"
-    write_json(file, {**content, "processor": processor(), "commit": commit(), **describe_environment()})
+    file = result_file(name, device)
+    card = {"card": torch.cuda.get_device_name()} if device == "cuda" else {}
+    about = {"device": device, **card, "processor": processor(), "commit": commit()}
+    write_json(file, {**content, **about, **describe_environment()})
     return file
 
 
+def result_file(name: str, device: str) -> Path:
+    """Return where a result is kept; that of a GPU does not replace that of a CPU."""
+    return RESULTS / f"{name}{'' if device == 'cpu' else '_' + device}.json"
+
+
 def commit() -> str:
-    """Return the commit that was measured."""
+    """Return the commit that was measured; unknown where there is no repository."""
     command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+    try:
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
 
 
 def processor() -> str:

@@ -7,12 +7,11 @@ gradients in all weights and α. The reference of its target is the textbook exe
 contiguous in memory, as published; the package's textbook execution, whose depthwise convolutions have
 derivatives of their own, stands beside it. *Steps* are timed inside a training by NNI's evaluator and engine: of NNI's
 ``DARTS``, and of ``DartsStrategy``. *Memory* is by how much the peak of the resident memory of a new process rises in
-two steps.
+two steps; on a GPU, the peak of what torch has allocated there.
 """
 
 from __future__ import annotations
 
-import argparse
 import logging
 import multiprocessing
 import statistics
@@ -24,7 +23,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from common import judged, mean_and_spread, save_result, table
+from common import finish, judged, make_parser, mean_and_spread, save_result, seconds_of, table
 from exact_product import with_torch_derivatives
 from nni.nas.evaluator.pytorch import DataLoader, Lightning, LightningModule, Trainer
 from nni.nas.execution import SequentialExecutionEngine
@@ -79,30 +78,37 @@ class Classifier(LightningModule):
 class Stopwatch(Callback):
     """Times steps, all but the first."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: str) -> None:
         self.seconds: list[float] = []
+        self._device = device
         self._started = 0.0
 
     def on_train_batch_start(self, *_: Any) -> None:
         """Start."""
+        finish(self._device)
         self._started = time.perf_counter()
 
     def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Stop."""
+        finish(self._device)
         if batch_idx:
             self.seconds.append(time.perf_counter() - self._started)
 
 
-def search(kind: str, shape: tuple[int, int, int], memory_format: Any, steps: int) -> list[float]:
+def search(
+    kind: str, shape: tuple[int, int, int], memory_format: Any, steps: int, device: str, precision: str = "32-true"
+) -> list[float]:
     """Search for a few steps and return how long all but the first took."""
     channels, cells, batch = shape
     torch.manual_seed(0)
     images = torch.randn(batch * steps, 3, RESOLUTION, RESOLUTION).to(memory_format=memory_format)
     data = DataLoader(TensorDataset(images, torch.randint(CLASSES, (len(images),))), batch_size=batch)
-    watch = Stopwatch()
+    watch = Stopwatch(device)
     trainer = Trainer(
         max_epochs=1,
-        accelerator="cpu",
+        accelerator="gpu" if device == "cuda" else "cpu",
+        devices=1,
+        precision=precision,
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -117,11 +123,12 @@ def search(kind: str, shape: tuple[int, int, int], memory_format: Any, steps: in
     return watch.seconds
 
 
-def passes(shape: tuple[int, int, int]) -> dict[str, Callable[[], Any]]:
+def passes(shape: tuple[int, int, int], device: str) -> dict[str, Callable[[], Any]]:
     """Return forward and backward passes by name."""
     channels, cells, batch = shape
     found: dict[str, Callable[[], Any]] = {}
-    images, labels = torch.randn(batch, 3, RESOLUTION, RESOLUTION), torch.randint(CLASSES, (batch,))
+    images = torch.randn(batch, 3, RESOLUTION, RESOLUTION).to(device)
+    labels = torch.randint(CLASSES, (batch,)).to(device)
     for name, execution, torchs, memory_format in (
         ("textbook", "textbook", True, torch.contiguous_format),
         ("textbook, own derivatives", "textbook", False, torch.contiguous_format),
@@ -133,7 +140,8 @@ def passes(shape: tuple[int, int, int]) -> dict[str, Callable[[], Any]]:
         space: Any = strategy.mutate_model(DartsSpace(CLASSES, channels=channels, cells=cells))
         if torchs:
             with_torch_derivatives(space)
-        space.to(memory_format=memory_format)
+        space.to(device, memory_format=memory_format)
+        strategy.alphas.to(device)
         variables = [*space.parameters(), *strategy.alphas.parameters()]
         given = images.to(memory_format=memory_format)
 
@@ -148,20 +156,22 @@ def passes(shape: tuple[int, int, int]) -> dict[str, Callable[[], Any]]:
     return found
 
 
-def peak_memory(kind: str, shape: tuple[int, int, int], memory_format: Any) -> float:
+def peak_memory(kind: str, shape: tuple[int, int, int], device: str) -> float:
     """Return by how many MiB the peak of a new process's memory rises in a search of two steps."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(_rise, (kind, shape, str(memory_format).removeprefix("torch.")))
+        return pool.apply(_rise, (kind, shape, device))
 
 
-def _rise(kind: str, shape: tuple[int, int, int], memory_format: str) -> float:
+def _rise(kind: str, shape: tuple[int, int, int], device: str) -> float:
     be_quiet()
-    before = _peak()
-    search(kind, shape, getattr(torch, memory_format), 2)
-    return _peak() - before
+    before = _peak(device)
+    search(kind, shape, torch.channels_last, 2, device)
+    return _peak(device) - before
 
 
-def _peak() -> float:
+def _peak(device: str) -> float:
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**20
     # Not getrusage(), which a new process inherits from its parent.
     status = Path("/proc/self/status").read_text(encoding="utf-8")
     return int(status.partition("VmHWM:")[2].split()[0]) / 1024
@@ -173,23 +183,21 @@ def be_quiet() -> None:
     logging.disable(logging.WARNING)
 
 
-def measure(shape: tuple[int, int, int], repeats: int, rounds: int, steps: int) -> dict[str, Any]:
+def measure(shape: tuple[int, int, int], repeats: int, rounds: int, steps: int, device: str) -> dict[str, Any]:
     """Measure everything at one shape."""
-    functions = passes(shape)
+    functions = passes(shape, device)
     timed: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(repeats):
         for name, function in functions.items():
-            started = time.perf_counter()
-            function()
-            timed[name].append(time.perf_counter() - started)
+            timed[name].append(seconds_of(function, device))
     searched: dict[str, list[float]] = {kind: [] for kind in STEPS}
     for _ in range(rounds):
         for kind, seconds in searched.items():
             # NNI's own strategy as its users have it: contiguous.
             memory_format = torch.contiguous_format if kind == "NNI's DARTS" else torch.channels_last
-            seconds += search(kind, shape, memory_format, steps)
+            seconds += search(kind, shape, memory_format, steps, device)
     kinds = ("first order", "finite difference", "exact")
-    memory = {kind: peak_memory(kind, shape, torch.channels_last) for kind in kinds}
+    memory = {kind: peak_memory(kind, shape, device) for kind in kinds}
     fused, first = statistics.median(timed["fused"]), statistics.median(searched["first order"])
     ratios = {
         f"forward and backward, {name} / fused": statistics.median(seconds) / fused
@@ -215,7 +223,7 @@ def measure(shape: tuple[int, int, int], repeats: int, rounds: int, steps: int) 
 
 def main() -> None:
     """Measure, write the result, and print it as a table."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = make_parser(__doc__)
     parser.add_argument("--repeats", type=int, default=7, help="forward and backward passes of each kind")
     parser.add_argument("--rounds", type=int, default=3, help="searches of each kind")
     parser.add_argument("--steps", type=int, default=3, help="steps of a search, of which the first does not count")
@@ -223,7 +231,7 @@ def main() -> None:
     be_quiet()
     results = []
     for shape in SHAPES:
-        results.append(measure(shape, arguments.repeats, arguments.rounds, arguments.steps))
+        results.append(measure(shape, arguments.repeats, arguments.rounds, arguments.steps, arguments.device))
     rows = {"{channels} channels, {cells} cells, batch {batch}".format(**r["shape"]): r["ratios"] for r in results}
     print(table(rows))
     file = save_result(
@@ -238,6 +246,7 @@ def main() -> None:
             "results": results,
             "table": rows,
         },
+        arguments.device,
     )
     print(f"written to {file}")
 

@@ -7,32 +7,32 @@ Takes less than a quarter of an hour on two cores, which nothing else should use
 
 from __future__ import annotations
 
-import argparse
 import subprocess
 import sys
 import time
 
-from common import RESULTS, ROOT, table
+from common import ROOT, make_parser, result_file, table
 
 from nni_cream.runs import read_json
 
 # The scripts, and how many repetitions the time allows.
 SCRIPTS = {
     "fused_cell": ("--repeats", "5", "--rounds", "2"),
-    "cream_step": ("--repetitions", "15"),
+    "cream_step": ("--repetitions", "7"),
+    "scaling": ("--repeats", "3"),
 }
 
 
 def main() -> None:
     """Run them one after the other, and print what they have saved."""
-    argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0]).parse_args()
+    device = make_parser(__doc__).parse_args().device
     started = time.monotonic()
     rows = {}
     for name, arguments in SCRIPTS.items():
         print(f"benchmarks/{name}.py ...", flush=True)
         script = ROOT / "benchmarks" / f"{name}.py"
-        subprocess.run([sys.executable, script, *arguments], check=True, stdout=subprocess.DEVNULL)
-        rows |= read_json(RESULTS / f"{name}.json", "result of a benchmark")["table"]
+        subprocess.run([sys.executable, script, "--device", device, *arguments], check=True, stdout=subprocess.DEVNULL)
+        rows |= read_json(result_file(name, device), "result of a benchmark")["table"]
     print(table(rows))
     print(f"{(time.monotonic() - started) / 60:.0f} minutes")
 

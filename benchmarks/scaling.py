@@ -11,17 +11,16 @@ both logarithmic, where a power is a straight line: its slope may exceed the pow
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import math
 import statistics
-import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
-from common import ROOT, judged, save_result, table
+from common import ROOT, judged, make_parser, save_result, seconds_of, table
 from matplotlib.figure import Figure
 from torch import nn
 
@@ -64,17 +63,24 @@ class Network(nn.Module):
         return logits
 
 
-def darts_step(kind: str, batch: int = BATCH, channels: int = CHANNELS, cells: int = CELLS) -> Work:
+def darts_step(
+    kind: str,
+    device: str,
+    batch: int = BATCH,
+    channels: int = CHANNELS,
+    cells: int = CELLS,
+    resolution: int = RESOLUTION,
+) -> Work:
     """Return what computes a hypergradient of a kind, and then the gradient in the weights."""
     torch.manual_seed(0)
     strategy = DartsStrategy()
     space: Any = strategy.mutate_model(DartsSpace(CLASSES, channels=channels, cells=cells))
-    network = Network(space.to(memory_format=torch.channels_last), strategy.alphas)
+    network = Network(space.to(memory_format=torch.channels_last), strategy.alphas).to(device)
     weights, alphas = list(space.parameters()), list(strategy.alphas.parameters())
     names = [[f"{part}.{n}" for n, _ in getattr(network, part).named_parameters()] for part in ("space", "alphas")]
     step = hypergradient.sgd_step(torch.optim.SGD(weights, 0.025, momentum=0.9, weight_decay=3e-4), weights)
-    images = torch.randn(2 * batch, 3, RESOLUTION, RESOLUTION).to(memory_format=torch.channels_last)
-    labels = torch.randint(CLASSES, (2 * batch,))
+    images = torch.randn(2 * batch, 3, resolution, resolution).to(device, memory_format=torch.channels_last)
+    labels = torch.randint(CLASSES, (2 * batch,)).to(device)
     training, validation = (
         pure_loss(network, names, lambda logits, own=own: F.cross_entropy(logits, own), part)
         for part, own in zip(images.chunk(2), labels.chunk(2), strict=True)
@@ -88,13 +94,13 @@ def darts_step(kind: str, batch: int = BATCH, channels: int = CHANNELS, cells: i
     return work
 
 
-def choice(entries: int) -> Work:
+def choice(entries: int, device: str) -> Work:
     """Return what asks a student for the images of so many entries of the board, as choosing a teacher does."""
     torch.manual_seed(0)
     space: Any = CreamSpace((1, 1, 1, 1, 1), CLASSES)
-    network: Any = space.random()
-    network.to(memory_format=torch.channels_last)
-    images = torch.randn(entries * ENTRY_IMAGES, 3, RESOLUTION, RESOLUTION).to(memory_format=torch.channels_last)
+    network = space.random(random_state=np.random.RandomState(0)).to(device, memory_format=torch.channels_last)
+    images = torch.randn(entries * ENTRY_IMAGES, 3, RESOLUTION, RESOLUTION)
+    images = images.to(device, memory_format=torch.channels_last)
 
     def work() -> None:
         with torch.no_grad(), batch_statistics(network, groups=entries):
@@ -103,25 +109,24 @@ def choice(entries: int) -> Work:
     return work
 
 
-def series() -> dict[tuple[str, str], dict[int, Work]]:
+def series(device: str) -> dict[tuple[str, str], dict[int, Work]]:
     """Return what is timed: by the name of a step and of what is varied, and by its size."""
     found: dict[tuple[str, str], dict[int, Work]] = {}
     for varied in ("batch", "channels", "cells"):
         for kind in KINDS:
-            found[kind, varied] = {size: darts_step(kind, **{varied: size}) for size in SIZES[varied][0]}
-    found["choosing a teacher", "board entries"] = {size: choice(size) for size in SIZES["board entries"][0]}
+            found[kind, varied] = {size: darts_step(kind, device, **{varied: size}) for size in SIZES[varied][0]}
+    found["choosing a teacher", "board entries"] = {size: choice(size, device) for size in SIZES["board entries"][0]}
     return found
 
 
-def timed(works: Mapping[int, Work], repeats: int) -> dict[int, list[float]]:
+def timed(works: Mapping[int, Work], repeats: int, device: str) -> dict[int, list[float]]:
     """Return the seconds of every size, which take turns, after one turn that does not count."""
     seconds: dict[int, list[float]] = {size: [] for size in works}
     for turn in range(repeats + 1):
         for size, work in works.items():
-            started = time.perf_counter()
-            work()
+            taken = seconds_of(work, device)
             if turn:
-                seconds[size].append(time.perf_counter() - started)
+                seconds[size].append(taken)
     return seconds
 
 
@@ -151,10 +156,11 @@ def draw(medians: Mapping[tuple[str, str], Mapping[int, float]]) -> None:
 
 def main() -> None:
     """Measure, save the result, draw it, and print it as a table."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = make_parser(__doc__)
     parser.add_argument("--repeats", type=int, default=3, help="of each measurement (default: %(default)s)")
     arguments = parser.parse_args()
-    seconds = {names: timed(works, arguments.repeats) for names, works in series().items()}
+    device = arguments.device
+    seconds = {names: timed(works, arguments.repeats, device) for names, works in series(device).items()}
     medians = {
         names: {size: statistics.median(values) for size, values in found.items()} for names, found in seconds.items()
     }
@@ -163,10 +169,11 @@ def main() -> None:
         allowed = SIZES[varied][1] + TOLERANCE
         rows.setdefault(f"power in {varied}", {})[step] = judged(steepest(found), ("<=", allowed))
     print(table(rows))
-    draw(medians)
+    if device == "cpu":
+        draw(medians)
     every = {f"{step}, {varied}": found for (step, varied), found in seconds.items()}
     content = {"threads": torch.get_num_threads(), "repeats": arguments.repeats, "seconds": every, "table": rows}
-    print(f"written to {save_result('scaling', content)}")
+    print(f"written to {save_result('scaling', content, device)}")
 
 
 if __name__ == "__main__":
