@@ -56,6 +56,8 @@ class ImageClassifier(LightningModule):
         self.auxiliary_weight = auxiliary_weight
         self.drop_path_rate = drop_path_rate
         self.train_loss = MeanMetric()
+        # In checkpoints too, which may be of the middle of an epoch.
+        self.train_loss.persistent(True)
         self.measured_loss = MeanMetric()
         self.top1 = MulticlassAccuracy(num_classes, average="micro")
         self.top5 = MulticlassAccuracy(num_classes, average="micro", top_k=min(5, num_classes))
@@ -78,9 +80,16 @@ class ImageClassifier(LightningModule):
         self.log("train_loss", shown, prog_bar=True)
         return loss
 
+    def on_train_start(self) -> None:
+        """Drop as many paths as in the epoch that an interrupted training goes on with."""
+        self._set_drop_path_rate()
+
     def on_train_epoch_start(self) -> None:
         """Begin a new average, and drop more paths than before."""
         self.train_loss.reset()
+        self._set_drop_path_rate()
+
+    def _set_drop_path_rate(self) -> None:
         if hasattr(self.model, "set_drop_path_rate"):
             self.model.set_drop_path_rate(self.drop_path_rate * self.trainer.current_epoch / self.trainer.max_epochs)
 

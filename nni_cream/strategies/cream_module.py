@@ -21,6 +21,7 @@ from nni.mutable import Sample
 from nni.nas.evaluator.pytorch import LightningModule
 from nni.nas.oneshot.pytorch.base_lightning import BaseOneShotLightningModule
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from torchmetrics import MeanMetric
 
 from nni_cream.board import BoardEntry, PrioritizedBoard
@@ -28,6 +29,7 @@ from nni_cream.cost import Cost, CostTable
 from nni_cream.distributed import agreed, average_, gathered, mean, processes, total
 from nni_cream.errors import UserError
 from nni_cream.launching import refuse_other_strategies
+from nni_cream.loading import first_batches
 from nni_cream.matching import MatchingLayer, matching_gradient
 from nni_cream.sampling import Path, PathSampler, Prior
 from nni_cream.supernet.batch_norm import batch_statistics, recalibrated
@@ -119,6 +121,10 @@ class CreamLightningModule(BaseOneShotLightningModule):
         self._steps = 0
         self._train_loss = MeanMetric()
         self._train_accuracy = MeanMetric()
+        self._teaching_weight = MeanMetric()
+        for average in (self._train_loss, self._train_accuracy, self._teaching_weight):
+            # In checkpoints too, which may be of the middle of an epoch.
+            average.persistent(True)
         self._measured: list[Path] = []
         self._correct: list[Tensor] = []
         self._seen = 0
@@ -213,7 +219,8 @@ class CreamLightningModule(BaseOneShotLightningModule):
         if teaching and soft_targets is not None:
             weight = teaching.weight.detach()
             loss = (weight * F.cross_entropy(logits, soft_targets) + (2 - weight) * loss) / 2
-            self.log("teaching_weight", weight, on_step=True, on_epoch=True, sync_dist=True)
+            self._teaching_weight.update(weight)
+            self.log("teaching_weight_step", weight)
         self.advance_optimization(loss, batch_idx)
         self.advance_lr_schedulers(batch_idx)
         self._steps += 1
@@ -340,7 +347,10 @@ class CreamLightningModule(BaseOneShotLightningModule):
 
     def _next_held_out(self) -> tuple[Tensor, Tensor]:
         if self._held_out is None:
-            loader = self.trainer.val_dataloaders
+            loader = copy.copy(self.trainer.val_dataloaders)
+            if isinstance(loader, DataLoader):
+                # The validation of an epoch would begin an iterator anew whose workers it shares.
+                loader._iterator = None
             endless = itertools.chain.from_iterable(itertools.repeat(loader))
             self._held_out = itertools.islice(endless, self._held_out_position % len(loader), None)
         while True:
@@ -357,8 +367,8 @@ class CreamLightningModule(BaseOneShotLightningModule):
     def on_train_epoch_start(self) -> None:
         """Begin new averages."""
         super().on_train_epoch_start()
-        self._train_loss.reset()
-        self._train_accuracy.reset()
+        for average in (self._train_loss, self._train_accuracy, self._teaching_weight):
+            average.reset()
 
     def on_validation_epoch_start(self) -> None:
         """Decide which paths are measured: those on the board, or a few others while it is empty."""
@@ -390,6 +400,8 @@ class CreamLightningModule(BaseOneShotLightningModule):
         self.board.rescore(dict(zip(self._measured, percent, strict=True)))
         self.log("val_accuracy", max(shares), prog_bar=True, sync_dist=True)
         self.log("board_size", float(len(self.board)), sync_dist=True)
+        if self._teaching_weight.weight > 0:
+            self.log("teaching_weight_epoch", self._teaching_weight.compute(), sync_dist=True)
         # In every process, because they put their averages together here.
         train_loss, train_accuracy = self._train_loss.compute().item(), self._train_accuracy.compute().item()
         if not self.trainer.is_global_zero:
@@ -452,8 +464,9 @@ class CreamLightningModule(BaseOneShotLightningModule):
         return network
 
     def _calibration_images(self) -> Iterator[Tensor]:
-        batches = itertools.islice(self.trainer.train_dataloader, self.settings.recalibration_batches)
-        for batch in batches:
+        # Of an epoch after the last, whatever has been loaded before: the same images for every path.
+        epochs = self.trainer.max_epochs or 0
+        for batch in first_batches(self.trainer.train_dataloader, self.settings.recalibration_batches, epochs):
             yield self._moved(batch)[0]
 
     def export(self) -> Sample:

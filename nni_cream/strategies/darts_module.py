@@ -110,6 +110,9 @@ class DartsLightningModule(BaseOneShotLightningModule):
         self._train_loss = MeanMetric()
         self._train_accuracy = MeanMetric()
         self._alpha_loss = MeanMetric()
+        for average in (self._train_loss, self._train_accuracy, self._alpha_loss):
+            # In checkpoints too, which may be of the middle of an epoch.
+            average.persistent(True)
         self._correct = SumMetric()
         self._seen = SumMetric()
 
@@ -164,9 +167,10 @@ class DartsLightningModule(BaseOneShotLightningModule):
                 clip *= loss_scale(self.trainer)
             self.advance_optimization(loss, batch_idx, clip, "norm")
         self.advance_lr_schedulers(batch_idx)
-        loss = mean(loss)
+        accuracy = (logits.argmax(-1) == targets).to(loss).mean()
+        loss, accuracy = mean(torch.stack([loss.detach(), accuracy])).unbind()
         self._train_loss.update(loss)
-        self._train_accuracy.update((logits.argmax(-1) == targets).float().mean())
+        self._train_accuracy.update(accuracy)
         self.log("train_loss", loss, prog_bar=True)
         return loss
 
@@ -346,9 +350,14 @@ class DartsLightningModule(BaseOneShotLightningModule):
         """Keep what Lightning does not know of."""
         epochs = [asdict(epoch) for epoch in self.epochs]
         checkpoint["darts"] = {"epochs": epochs, "ended_because": self.ended_because}
+        if self.settings.eigenvalue != "off":
+            # A checkpoint may be of the time between the last step of an epoch and its end, which needs them.
+            checkpoint["darts"]["last_for_alpha"] = self._last_for_alpha
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restore what :meth:`on_save_checkpoint` kept."""
         state = checkpoint["darts"]
         self.epochs = [Epoch(**epoch) for epoch in state["epochs"]]
         self.ended_because = state["ended_because"]
+        last = state.get("last_for_alpha")
+        self._last_for_alpha = None if last is None else tuple(last)
