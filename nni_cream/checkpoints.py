@@ -19,6 +19,7 @@ from nni_cream import interruption, randomness
 from nni_cream.distributed import total
 from nni_cream.errors import UserError
 from nni_cream.runs import RunDirectory, write_atomically
+from nni_cream.soundness import refuse_broken
 
 
 class LastTwo(Checkpoint):
@@ -134,9 +135,11 @@ class LastTwo(Checkpoint):
                 logger.save()
 
     def _write(self, trainer: Any) -> None:
+        # What has been logged until now will not be logged again; Lightning logs the rest of this step in a moment.
         self._unflushed = True
         self._flush(trainer)
         self._unflushed = True
+        refuse_broken(trainer.lightning_module, trainer.optimizers)
         if trainer.is_global_zero:
             write_atomically(self.newest, lambda temporary: self._save(trainer, temporary))
         else:

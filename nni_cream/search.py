@@ -35,6 +35,7 @@ from nni_cream.recipe import CreamRecipe, Data, Device, Flops, Recipe, to_yaml
 from nni_cream.reporting import Reporter, on_terminal
 from nni_cream.runs import RunDirectory
 from nni_cream.shards import Shards
+from nni_cream.soundness import Soundness
 from nni_cream.strategies.cream import CreamStrategy
 from nni_cream.strategies.cream_module import RankedPath
 from nni_cream.training import ImageClassifier
@@ -277,7 +278,7 @@ def make_trainer(recipe: Recipe, directory: RunDirectory, checkpoint: Path | Non
         max_epochs=recipe.epochs,
         default_root_dir=directory.path,
         logger=TensorBoardLogger(directory.path, name="tensorboard", version="", purge_step=purge_step),
-        callbacks=[LastTwo(directory, recipe.checkpoint_minutes)],
+        callbacks=[Soundness(recipe.skip_bad_steps), LastTwo(directory, recipe.checkpoint_minutes)],
         num_sanity_val_steps=0,
         log_every_n_steps=10,
         **arguments,
