@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
 import nni_cream  # noqa: F401
@@ -116,13 +117,19 @@ def _child(kind: str, folder: Path, changes: dict[str, Any], steps: Connection) 
     for stream in (1, 2):
         os.dup2(os.open(folder / "output.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
     sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
-    begin = LastTwo.on_train_batch_start
+    begin, measured = LastTwo.on_train_batch_start, LastTwo.on_validation_batch_end
 
     def tell(self: Any, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
         steps.send(trainer.fit_loop.total_batch_idx)
         begin(self, trainer, module, batch, batch_idx)
 
+    def tell_too(self: Any, trainer: Any, *arguments: Any) -> None:
+        if trainer.state.fn == "fit":
+            steps.send("validation")
+        measured(self, trainer, *arguments)
+
     LastTwo.on_train_batch_start = tell  # type: ignore[method-assign]
+    LastTwo.on_validation_batch_end = tell_too  # type: ignore[method-assign]
     cli.run(lambda: run(kind, folder, changes))
 
 
@@ -140,11 +147,24 @@ class Started:
     steps: Connection
     folder: Path
 
-    def await_step(self, number: int) -> None:
-        """Return when so many steps have begun in this process."""
-        for _ in range(number):
-            assert self.steps.poll(SECONDS), self.output()
-            self.steps.recv()
+    def _told(self) -> int | str:
+        assert self.steps.poll(SECONDS), self.output()
+        told: int | str = self.steps.recv()
+        return told
+
+    def await_step(self, number: int) -> int:
+        """Return when so many steps have begun in this process, and say which of the whole run is the last of them."""
+        step = -1
+        while number:
+            told = self._told()
+            if isinstance(told, int):
+                step, number = told, number - 1
+        return step
+
+    def await_validation(self) -> None:
+        """Return when the first batch has been measured in the middle of the training."""
+        while self._told() != "validation":
+            pass
 
     def signal(self, number: int) -> None:
         os.kill(self.process.pid, number)
@@ -217,6 +237,12 @@ def left_behind(folder: Path) -> dict[str, Any]:
     """Read all that a run has left, but for names of folders."""
     found: dict[str, Any] = {"checkpoint": torch.load(folder / "checkpoints/last.ckpt", weights_only=True)}
     found["metrics"] = (folder / "metrics.csv").read_text()
+    events = EventAccumulator(str(folder / "tensorboard"), {"scalars": 0}).Reload()
+    found["curves"] = {
+        # A validation that is repeated is logged twice under one number of steps.
+        tag: {event.step: event.value for event in events.Scalars(tag)}
+        for tag in sorted(events.Tags()["scalars"])
+    }
     for name in ("child.json", "result.json"):
         if (folder / name).exists():
             found[name] = {k: v for k, v in json.loads((folder / name).read_text()).items() if k != "folder"}

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import random
+import signal
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from tests.resuming import RECIPES, complete, differences, kill_at, left_behind
+from tests.resuming import RECIPES, complete, differences, kill_at, left_behind, start
 
 # A checkpoint every other step or so.
 OFTEN = {"checkpoint_minutes": 0.001}
@@ -23,6 +25,18 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[st
     """What each kind of run leaves that is not killed, and writes no checkpoint but after its epochs."""
     folder = tmp_path_factory.mktemp("uninterrupted")
     return {kind: left_behind(complete(kind, folder / kind)) for kind in ("cream", "darts", "retrain")}
+
+
+def test_every_step_and_epoch_is_on_the_curves(uninterrupted: dict[str, dict[str, Any]]) -> None:
+    """What the runs that are interrupted are compared with."""
+    for kind, left in uninterrupted.items():
+        curves, steps = left["curves"], STEPS[kind]
+        # Lightning logs every tenth step.
+        assert list(curves["train_loss"]) == list(range(9, steps, 10))
+        # Of the trained network once more.
+        ends = [steps // 3 * epoch - 1 for epoch in (1, 2, 3)] + [steps] * (kind == "retrain")
+        assert list(curves["val_accuracy"]) == ends
+    assert list(uninterrupted["cream"]["curves"]["teaching_weight_epoch"]) == [26]
 
 
 def is_in_the_middle(folder: Path) -> bool:
@@ -58,3 +72,90 @@ def test_killed_runs_end_as_those_that_are_not(
             if name in left:
                 left[name] = {key: value for key, value in left[name].items() if key != "data"}
     assert differences(found, expected) == []
+
+
+@pytest.mark.parametrize("kind", ["cream", "darts"])
+def test_the_same_seed_does_the_same(tmp_path: Path, uninterrupted: dict[str, dict[str, Any]], kind: str) -> None:
+    assert differences(left_behind(complete(kind, tmp_path / "again")), uninterrupted[kind]) == []
+
+
+def test_a_second_process_is_refused_and_disturbs_nothing(
+    tmp_path: Path, uninterrupted: dict[str, dict[str, Any]]
+) -> None:
+    first = start("retrain", tmp_path)
+    first.await_step(4)
+    second = start("retrain", tmp_path)
+    # It must not end before.
+    first.signal(signal.SIGSTOP)
+    assert second.end() == 2
+    first.signal(signal.SIGCONT)
+    sentence = f"error: {tmp_path} is in use by process {first.process.pid}; wait for its end, or choose another folder"
+    assert sentence in first.output()
+    assert first.end() == 0, first.output()
+    assert differences(left_behind(tmp_path), uninterrupted["retrain"]) == []
+
+
+def stopped(folder: Path) -> dict[str, Any]:
+    """Where a run goes on: the numbers of steps and batches that Lightning keeps."""
+    loops: dict[str, Any] = torch.load(folder / "checkpoints/last.ckpt", weights_only=True)["loops"]["fit_loop"]
+    return loops
+
+
+@pytest.mark.parametrize(
+    ("kind", "number", "times", "workers"),
+    [
+        ("cream", signal.SIGINT, 1, 0),
+        ("darts", signal.SIGTERM, 1, 0),
+        ("retrain", signal.SIGINT, 3, 1),
+        ("retrain", signal.SIGTERM, 2, 0),
+    ],
+)
+def test_a_signal_in_a_step_ends_it_with_a_checkpoint(
+    tmp_path: Path, uninterrupted: dict[str, dict[str, Any]], kind: str, number: int, times: int, workers: int
+) -> None:
+    """Further ones change nothing. NNI kills a local trial five seconds after the first."""
+    changes = {"data": {**RECIPES[kind]["data"], "workers": workers}} if workers else {}
+    started = start(kind, tmp_path, **changes)
+    # In the second epoch.
+    last = started.await_step(STEPS[kind] // 3 + 3)
+    for _ in range(times):
+        started.signal(number)
+        time.sleep(0.01)
+    assert started.end(5) == -number, started.output()
+    assert started.output().splitlines()[-1] == "Interrupted; the same command goes on from the last checkpoint."
+    assert "Traceback" not in started.output()
+    progress = stopped(tmp_path)["epoch_loop.batch_progress"]["total"]
+    # The step has been finished, or one more that had begun meanwhile.
+    assert progress["processed"] - 1 in (last, last + 1)
+
+    again = start(kind, tmp_path, **changes)
+    assert again.await_step(1) == progress["processed"]
+    assert again.end() == 0, again.output()
+    expected = dict(uninterrupted[kind])
+    found = left_behind(tmp_path)
+    for left in (found, expected):
+        for name in ("child.json", "result.json"):
+            if name in left:
+                left[name] = {key: value for key, value in left[name].items() if key != "data"}
+    assert differences(found, expected) == []
+
+
+@pytest.mark.parametrize(("kind", "number"), [("darts", signal.SIGINT), ("cream", signal.SIGTERM)])
+def test_a_signal_in_a_validation_ends_it_with_a_checkpoint(
+    tmp_path: Path, uninterrupted: dict[str, dict[str, Any]], kind: str, number: int
+) -> None:
+    """It is repeated as a whole, without a step of the training before it."""
+    started = start(kind, tmp_path)
+    started.await_validation()
+    started.signal(number)
+    assert started.end(5) == -number, started.output()
+    loops = stopped(tmp_path)
+    assert loops["epoch_progress"]["current"]["processed"] == 0
+    steps = loops["epoch_loop.batch_progress"]["total"]["completed"]
+    assert steps == STEPS[kind] // 3
+
+    again = start(kind, tmp_path)
+    again.await_validation()
+    assert again.await_step(1) == steps
+    assert again.end() == 0, again.output()
+    assert differences(left_behind(tmp_path), uninterrupted[kind]) == []
