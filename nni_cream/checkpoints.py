@@ -126,6 +126,8 @@ class LastTwo(Checkpoint):
         ending = interruption.received() is not None
         due = time.monotonic() - self._written >= self.seconds
         ending_anywhere, due_anywhere = total(int(ending), int(due))
+        if ending_anywhere:
+            interruption.end_with_others()
         return ending_anywhere > 0, due_anywhere > 0
 
     def _flush(self, trainer: Any) -> None:

@@ -22,6 +22,12 @@ def received() -> int | None:
     return _received
 
 
+def end_with_others() -> None:
+    """Take it that this process has received what another one of its run has: half a run is no success."""
+    global _received
+    _received = _received or signal.SIGTERM
+
+
 def install() -> Callable[[], None]:
     """Let both signals end this process; return what undoes that. Other threads than the first change nothing.
 

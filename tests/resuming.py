@@ -9,6 +9,7 @@ import json
 import multiprocessing
 import os
 import signal
+import socket
 import sys
 import time
 import warnings
@@ -111,8 +112,9 @@ def run(kind: str, folder: Path, changes: dict[str, Any]) -> None:
         retrain(RetrainRecipe.model_validate(content), Candidate(None, GENOTYPE), directory)
 
 
-def _child(kind: str, folder: Path, changes: dict[str, Any], steps: Connection) -> None:
+def _child(kind: str, folder: Path, changes: dict[str, Any], environment: dict[str, str], steps: Connection) -> None:
     warnings.simplefilter("ignore")
+    os.environ.update(environment)
     folder.mkdir(parents=True, exist_ok=True)
     for stream in (1, 2):
         os.dup2(os.open(folder / "output.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
@@ -190,9 +192,23 @@ class Started:
         return (self.folder / "output.txt").read_text() if (self.folder / "output.txt").exists() else ""
 
 
-def start(kind: str, folder: Path, **changes: Any) -> Started:
+def start_two(kind: str, folder: Path, **changes: Any) -> tuple[Started, Started]:
+    """Start two processes that share every batch."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    changes["device"] = {**RECIPES[kind]["device"], "devices": 2}
+    first, second = (
+        start(kind, folder, {"LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}, **changes)
+        for rank in ("0", "1")
+    )
+    return first, second
+
+
+def start(kind: str, folder: Path, environment: dict[str, str] | None = None, **changes: Any) -> Started:
+    """Start a process that runs what ``kind`` says, with ``changes`` to its recipe."""
     ours, theirs = _context.Pipe(duplex=False)
-    process = _context.Process(target=_child, args=(kind, folder, changes, theirs))
+    process = _context.Process(target=_child, args=(kind, folder, changes, environment or {}, theirs))
     process.start()
     theirs.close()
     return Started(process, ours, folder)

@@ -8,10 +8,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
-from tests.resuming import RECIPES, complete, differences, kill_at, left_behind, start
+from tests.resuming import RECIPES, complete, differences, kill_at, left_behind, start, start_two
 
 # A checkpoint every other step or so.
 OFTEN = {"checkpoint_minutes": 0.001}
@@ -20,23 +21,33 @@ STEPS = {"cream": 27, "darts": 30, "retrain": 51}
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+class Uninterrupted(dict[str, dict[str, Any]]):
     """What each kind of run leaves that is not killed, and writes no checkpoint but after its epochs."""
-    folder = tmp_path_factory.mktemp("uninterrupted")
-    return {kind: left_behind(complete(kind, folder / kind)) for kind in ("cream", "darts", "retrain")}
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self.folder = folder
+
+    def __missing__(self, kind: str) -> dict[str, Any]:
+        self[kind] = left_behind(complete(kind, self.folder / kind))
+        return self[kind]
 
 
-def test_every_step_and_epoch_is_on_the_curves(uninterrupted: dict[str, dict[str, Any]]) -> None:
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Uninterrupted:
+    return Uninterrupted(tmp_path_factory.mktemp("uninterrupted"))
+
+
+def test_every_step_and_epoch_is_on_the_curves(uninterrupted: Uninterrupted) -> None:
     """What the runs that are interrupted are compared with."""
-    for kind, left in uninterrupted.items():
-        curves, steps = left["curves"], STEPS[kind]
+    for kind, steps in STEPS.items():
+        curves = uninterrupted[kind]["curves"]
         # Lightning logs every tenth step.
         assert list(curves["train_loss"]) == list(range(9, steps, 10))
         # Of the trained network once more.
         ends = [steps // 3 * epoch - 1 for epoch in (1, 2, 3)] + [steps] * (kind == "retrain")
         assert list(curves["val_accuracy"]) == ends
-    assert list(uninterrupted["cream"]["curves"]["teaching_weight_epoch"]) == [26]
+    assert list(uninterrupted["cream"]["curves"]["teaching_weight_epoch"]) == [17, 26]
 
 
 def is_in_the_middle(folder: Path) -> bool:
@@ -53,7 +64,7 @@ def is_in_the_middle(folder: Path) -> bool:
     [("cream", 0, 3), ("cream", 2, 1), ("darts", 0, 2), ("darts", 1, 1), ("retrain", 0, 3)],
 )
 def test_killed_runs_end_as_those_that_are_not(
-    tmp_path: Path, uninterrupted: dict[str, dict[str, Any]], kind: str, workers: int, kills: int
+    tmp_path: Path, uninterrupted: Uninterrupted, kind: str, workers: int, kills: int
 ) -> None:
     """Each process is killed at a random moment (signal 9), in a step, a validation or an end of an epoch."""
     moments = random.Random(f"{kind} {workers}")
@@ -75,13 +86,11 @@ def test_killed_runs_end_as_those_that_are_not(
 
 
 @pytest.mark.parametrize("kind", ["cream", "darts"])
-def test_the_same_seed_does_the_same(tmp_path: Path, uninterrupted: dict[str, dict[str, Any]], kind: str) -> None:
+def test_the_same_seed_does_the_same(tmp_path: Path, uninterrupted: Uninterrupted, kind: str) -> None:
     assert differences(left_behind(complete(kind, tmp_path / "again")), uninterrupted[kind]) == []
 
 
-def test_a_second_process_is_refused_and_disturbs_nothing(
-    tmp_path: Path, uninterrupted: dict[str, dict[str, Any]]
-) -> None:
+def test_a_second_process_is_refused_and_disturbs_nothing(tmp_path: Path, uninterrupted: Uninterrupted) -> None:
     first = start("retrain", tmp_path)
     first.await_step(4)
     second = start("retrain", tmp_path)
@@ -111,13 +120,16 @@ def stopped(folder: Path) -> dict[str, Any]:
     ],
 )
 def test_a_signal_in_a_step_ends_it_with_a_checkpoint(
-    tmp_path: Path, uninterrupted: dict[str, dict[str, Any]], kind: str, number: int, times: int, workers: int
+    tmp_path: Path, uninterrupted: Uninterrupted, kind: str, number: int, times: int, workers: int
 ) -> None:
     """Further ones change nothing. NNI kills a local trial five seconds after the first."""
     changes = {"data": {**RECIPES[kind]["data"], "workers": workers}} if workers else {}
     started = start(kind, tmp_path, **changes)
     # In the second epoch.
     last = started.await_step(STEPS[kind] // 3 + 3)
+    for worker in psutil.Process(started.process.pid).children():
+        # As Ctrl-C in a terminal, which reaches all.
+        worker.send_signal(number)
     for _ in range(times):
         started.signal(number)
         time.sleep(0.01)
@@ -142,7 +154,7 @@ def test_a_signal_in_a_step_ends_it_with_a_checkpoint(
 
 @pytest.mark.parametrize(("kind", "number"), [("darts", signal.SIGINT), ("cream", signal.SIGTERM)])
 def test_a_signal_in_a_validation_ends_it_with_a_checkpoint(
-    tmp_path: Path, uninterrupted: dict[str, dict[str, Any]], kind: str, number: int
+    tmp_path: Path, uninterrupted: Uninterrupted, kind: str, number: int
 ) -> None:
     """It is repeated as a whole, without a step of the training before it."""
     started = start(kind, tmp_path)
@@ -159,3 +171,32 @@ def test_a_signal_in_a_validation_ends_it_with_a_checkpoint(
     assert again.await_step(1) == steps
     assert again.end() == 0, again.output()
     assert differences(left_behind(tmp_path), uninterrupted[kind]) == []
+
+
+def complete_two(kind: str, folder: Path, **changes: Any) -> dict[str, Any]:
+    processes = start_two(kind, folder, **changes)
+    codes = [process.end() for process in processes]
+    assert codes == [0, 0], processes[0].output()
+    return left_behind(folder)
+
+
+def test_two_processes_that_are_killed_end_as_two_that_are_not(tmp_path: Path) -> None:
+    shorter = {"epochs": 2}
+    killed = start_two("cream", tmp_path / "killed", **shorter, **OFTEN)
+    killed[1].await_step(14)
+    for process in killed:
+        process.signal(signal.SIGKILL)
+    assert [process.end() for process in killed] == [-signal.SIGKILL] * 2
+    assert is_in_the_middle(tmp_path / "killed")
+    found = complete_two("cream", tmp_path / "killed", **shorter, **OFTEN)
+    assert differences(found, complete_two("cream", tmp_path / "not", **shorter)) == []
+
+
+@pytest.mark.parametrize("receiver", [0, 1])
+def test_a_signal_to_one_of_two_processes_ends_both_with_a_checkpoint(tmp_path: Path, receiver: int) -> None:
+    stopped_ones = start_two("retrain", tmp_path)
+    stopped_ones[receiver].await_step(5)
+    stopped_ones[receiver].signal(signal.SIGTERM)
+    codes = [process.end(10) for process in stopped_ones]
+    assert codes == [-signal.SIGTERM] * 2, stopped_ones[0].output()
+    assert 5 <= stopped(tmp_path)["epoch_loop.batch_progress"]["total"]["processed"] <= 7
