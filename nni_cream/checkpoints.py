@@ -5,46 +5,168 @@ from __future__ import annotations
 import os
 import pickle
 import sys
+import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from pytorch_lightning.callbacks import Checkpoint
+from pytorch_lightning.utilities.exceptions import SIGTERMException
 
+from nni_cream import interruption, randomness
+from nni_cream.distributed import total
 from nni_cream.errors import UserError
 from nni_cream.runs import RunDirectory, write_atomically
+from nni_cream.soundness import refuse_broken
 
 
 class LastTwo(Checkpoint):
-    """Writes a checkpoint after every epoch, and keeps it and the one before it.
+    """Writes a checkpoint after every epoch and every so many minutes, and keeps it and the one before it.
 
     Each is written under a temporary name, flushed to disk, and only then given its name, so that neither is ever
-    incomplete because of an interruption.
+    incomplete because of an interruption. A run that goes on from it is the run that was not interrupted, to the last
+    bit, if its loaders are :class:`nni_cream.loading.TrainingBatches`: beside what Lightning keeps, it has the random
+    numbers of the process.
+
+    Ctrl-C or SIGTERM while it trains: the step is finished, a checkpoint written, and the training ended, by
+    ``SIGTERMException``, which is Lightning's way.
 
     Args:
         directory: of the run.
+        minutes: between two checkpoints, at least.
     """
 
-    def __init__(self, directory: RunDirectory) -> None:
+    def __init__(self, directory: RunDirectory, minutes: float = 10.0) -> None:
         self.newest = directory.checkpoint
         self.before = directory.previous_checkpoint
+        self.seconds = 60 * minutes
+        self._written = time.monotonic()
+        self._random: dict[str, Any] | None = None
+        self._end_deferral: Callable[[], None] = _nothing
+        self._unflushed = False
+
+    def on_train_start(self, trainer: Any, module: Any) -> None:
+        """Go on with the random numbers of the checkpoint, now that nothing else draws any before the first step."""
+        if self._random is not None:
+            randomness.set_state(self._random)
+            self._random = None
+        # Lightning has not where the module had asked for the number of steps, which takes loaders without a state.
+        trainer.fit_loop._load_combined_loader_states()
+        self._written = time.monotonic()
+        # In the place of Lightning's own handler, which ends a training without a checkpoint.
+        self._end_deferral = interruption.defer()
+
+    def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
+        """Let TensorBoard write down what Lightning has logged after it wrote the checkpoint."""
+        self._flush(trainer)
+
+    def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Write a checkpoint if it is time, or if the training is to end."""
+        if trainer.is_last_batch:
+            # Lightning would go on with the next epoch, without the validation of this one; see on_validation_start.
+            return
+        ending, due = self._asked()
+        if ending or due:
+            self._write(trainer)
+        if ending:
+            # Lightning ends after it has logged this step.
+            trainer._signal_connector.received_sigterm = True
+
+    def on_validation_start(self, trainer: Any, module: Any) -> None:
+        """Write a checkpoint if it is time, or if the training is to end."""
+        self._in_validation(trainer)
+
+    def on_validation_batch_end(
+        self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Write a checkpoint if the training is to end."""
+        self._in_validation(trainer)
+
+    def _in_validation(self, trainer: Any) -> None:
+        if trainer.state.fn != "fit" or trainer.sanity_checking:
+            return
+        ending, due = self._asked()
+        if ending or due:
+            self._write(trainer)
+        if ending:
+            raise SIGTERMException
 
     def on_train_epoch_end(self, trainer: Any, module: Any) -> None:
-        """Write it. Lightning calls checkpoints last, when the epoch has been reported."""
-        if not trainer.is_global_zero:
+        """Write a checkpoint. Lightning calls checkpoints last, when the epoch has been reported."""
+        self._write(trainer)
+        if self._asked()[0]:
+            trainer._signal_connector.received_sigterm = True
+
+    def on_train_end(self, trainer: Any, module: Any) -> None:
+        """From here on, there is nothing to be written before an end."""
+        self._flush(trainer)
+        self._end_deferral()
+
+    def on_exception(self, trainer: Any, module: Any, exception: BaseException) -> None:
+        """As :meth:`on_train_end`."""
+        self._end_deferral()
+
+    def on_save_checkpoint(self, trainer: Any, module: Any, checkpoint: dict[str, Any]) -> None:
+        """Keep what Lightning does not know of."""
+        checkpoint["random_numbers"] = randomness.get_state()
+        if trainer.validating:
+            # As if the first batch were being measured: Lightning then begins the validation, and leaves out no batch.
+            counts = {"ready": 1, "started": 1, "processed": 0, "completed": 0}
+            progress = {"total": counts, "current": dict(counts), "is_last_batch": False}
+            checkpoint["loops"]["fit_loop"]["epoch_loop.val_loop.batch_progress"] = progress
+
+    def on_load_checkpoint(self, trainer: Any, module: Any, checkpoint: dict[str, Any]) -> None:
+        """Restore it, when the training begins."""
+        self._random = checkpoint["random_numbers"]
+
+    def _asked(self) -> tuple[bool, bool]:
+        """Tell whether the training is to end, and whether it is time for a checkpoint, in all processes alike."""
+        ending = interruption.received() is not None
+        due = time.monotonic() - self._written >= self.seconds
+        ending_anywhere, due_anywhere = total(int(ending), int(due))
+        if ending_anywhere:
+            interruption.end_with_others()
+        return ending_anywhere > 0, due_anywhere > 0
+
+    def _flush(self, trainer: Any) -> None:
+        if self._unflushed:
+            self._unflushed = False
+            for logger in trainer.loggers:
+                logger.save()
+
+    def _write(self, trainer: Any) -> None:
+        # What has been logged until now will not be logged again; Lightning logs the rest of this step in a moment.
+        self._unflushed = True
+        self._flush(trainer)
+        self._unflushed = True
+        refuse_broken(trainer.lightning_module, trainer.optimizers)
+        if trainer.is_global_zero:
+            write_atomically(self.newest, lambda temporary: self._save(trainer, temporary))
+        else:
             # Writes nothing, but takes part in what the first process waits for.
             trainer.save_checkpoint(self.newest)
-            return
+        self._written = time.monotonic()
 
-        def write(temporary: Path) -> None:
-            trainer.save_checkpoint(temporary)
-            if self.newest.exists():
-                # Under both names for a moment, so that there is a newest one at any time.
-                self.before.unlink(missing_ok=True)
-                os.link(self.newest, self.before)
+    def _save(self, trainer: Any, temporary: Path) -> None:
+        trainer.save_checkpoint(temporary)
+        if self.newest.exists():
+            # Under both names for a moment, so that there is a newest one at any time.
+            self.before.unlink(missing_ok=True)
+            os.link(self.newest, self.before)
 
-        write_atomically(self.newest, write)
+
+def _nothing() -> None:
+    pass
+
+
+def steps_before(checkpoint: Path) -> int:
+    """Return how many steps had been logged when ``checkpoint`` was written."""
+    loops = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["loops"]
+    progress = loops["fit_loop"]["epoch_loop.batch_progress"]["total"]
+    steps: int = progress["processed"]
+    return steps
 
 
 def find_checkpoint(directory: RunDirectory) -> Path | None:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from nni_cream import interruption
 from nni_cream.errors import TrainingError, UserError
 from nni_cream.ranks import is_first
 from nni_cream.recipe import Recipe, parse_override, to_yaml
@@ -110,6 +111,7 @@ def run(main: Callable[[], None]) -> None:
     """
     if not is_first():
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+    undo = interruption.install()
     try:
         main()
     except TrainingError as error:
@@ -121,15 +123,19 @@ def run(main: Callable[[], None]) -> None:
         print(f"error: {sentence}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        _end_by_interrupt()
+        _end_by(interruption.received() or signal.SIGINT)
     except SystemExit as error:
-        # Lightning turns an interrupt into exit code 1.
-        if isinstance(error.__context__, KeyboardInterrupt):
-            _end_by_interrupt()
+        # Lightning turns an interrupt into an exit.
+        number = interruption.received()
+        if number is not None or isinstance(error.__context__, KeyboardInterrupt):
+            _end_by(number or signal.SIGINT)
         raise
+    finally:
+        undo()
 
 
-def _end_by_interrupt() -> None:
-    print("Interrupted; the same command goes on from the last checkpoint.", file=sys.stderr, flush=True)
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    os.kill(os.getpid(), signal.SIGINT)
+def _end_by(number: int) -> None:
+    if is_first():
+        print("Interrupted; the same command goes on from the last checkpoint.", file=sys.stderr, flush=True)
+    signal.signal(number, signal.SIG_DFL)
+    os.kill(os.getpid(), number)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -30,6 +31,8 @@ from nni_cream._data_sources import Images, Source, load_source
 from nni_cream.cutout import Cutout
 from nni_cream.data_names import DATA_SETS, Augmentation, Fractions
 from nni_cream.errors import UserError
+from nni_cream.randomness import seed_streams, streams_kept
+from nni_cream.shards import Draw
 
 __all__ = ["DATA_SETS", "Augmentation", "DataSplits", "Fractions", "LabelledImages", "load_data"]
 
@@ -89,9 +92,23 @@ class LabelledImages(Dataset[tuple[Tensor, int]]):
     def __getitem__(self, position: int) -> tuple[Tensor, int]:
         """The image and label at ``position``.
 
+        That of a :class:`nni_cream.shards.Draw` is varied as its seed says, wherever it is loaded; any other, with the
+        random numbers of the process.
+
         Raises:
             UserError: The image's file cannot be read.
         """
+        return self.__getitems__([position])[0]
+
+    def __getitems__(self, positions: Sequence[int]) -> list[tuple[Tensor, int]]:
+        """The images and labels at ``positions``; loaders ask for a whole batch."""
+        seeded = any(isinstance(position, Draw) for position in positions)
+        with streams_kept() if seeded else nullcontext():
+            return [self._varied(position) for position in positions]
+
+    def _varied(self, position: int) -> tuple[Tensor, int]:
+        if isinstance(position, Draw):
+            seed_streams(position.seed)
         index = int(self.indices[position])
         return self.transform(self.images.rgb(index)), int(self.images.labels[index])
 

@@ -366,12 +366,19 @@ class DartsNetworkSettings(Settings):
 
 
 class Recipe(Settings):
-    """What a search and a training have in common."""
+    """What a search and a training have in common.
+
+    A checkpoint is written after every epoch, and after a step when ``checkpoint_minutes`` have passed since the last.
+    A step whose loss or gradient is not finite ends it, but for the first ``skip_bad_steps`` of those, which are left
+    out.
+    """
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     # NumPy takes no larger seed.
     seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 0
     epochs: PositiveInt
+    checkpoint_minutes: PositiveFloat = 10.0
+    skip_bad_steps: Annotated[int, Field(ge=0)] = 0
     data: Data = Data()
     optimizer: Optimizer = Optimizer()
     schedule: Schedule = Schedule()

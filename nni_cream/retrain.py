@@ -20,7 +20,7 @@ from nni_cream.ranks import is_first
 from nni_cream.recipe import RetrainRecipe, to_yaml
 from nni_cream.reporting import Reporter, on_terminal
 from nni_cream.runs import RunDirectory, read_json, write_json
-from nni_cream.search import arrange_in_memory, load_splits, make_loader, make_trainer
+from nni_cream.search import arrange_in_memory, load_splits, make_loader, make_trainer, make_training_loader
 from nni_cream.training import ImageClassifier
 
 
@@ -78,11 +78,11 @@ def retrain(recipe: RetrainRecipe, candidate: Candidate, directory: RunDirectory
         recipe.drop_path_rate,
     )
     module.set_model(network)
-    trainer = make_trainer(recipe.epochs, recipe.device, directory, gradient_clip_val=recipe.gradient_clip)
+    checkpoint = find_checkpoint(directory)
+    trainer = make_trainer(recipe, directory, checkpoint, gradient_clip_val=recipe.gradient_clip)
     training, validation = splits.retraining_parts()
     devices = recipe.device.devices
-    training_loader = make_loader(training, data, training=True, devices=devices)
-    checkpoint = find_checkpoint(directory)
+    training_loader = make_training_loader(training, data, recipe.seed, devices=devices)
 
     # Everything has been checked by now: a start that fails must not claim the folder.
     directory.begin(to_yaml(recipe), recipe.seed)

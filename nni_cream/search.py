@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+import nni
 import numpy as np
 import pytorch_lightning as pl
 import torch
 from lightning_fabric.utilities.exceptions import MisconfigurationException
-from nni.nas.evaluator.pytorch import DataLoader, Lightning, Trainer
+from nni.nas.evaluator.pytorch import Lightning, Trainer
 from nni.nas.execution import SequentialExecutionEngine
 from nni.nas.execution.event import IntermediateMetricEvent, ModelEventType
 from nni.nas.nn.pytorch import ModelSpace
 from nni.nas.oneshot.pytorch.strategy import OneShotStrategy
 from nni.nas.space import RawFormatModelSpace
 from pytorch_lightning.loggers import TensorBoardLogger
-from torch.utils.data import BatchSampler
 
 from nni_cream.architecture import CreamPath
-from nni_cream.checkpoints import LastTwo, find_checkpoint
+from nni_cream.checkpoints import LastTwo, find_checkpoint, steps_before
 from nni_cream.child import Child
 from nni_cream.cost import measure_space
 from nni_cream.data import DataSplits, LabelledImages, load_data
@@ -28,11 +29,13 @@ from nni_cream.data_names import Augmentation, Fractions
 from nni_cream.errors import UserError
 from nni_cream.genotype import Genotype
 from nni_cream.launching import SharedBatch
+from nni_cream.loading import Batches, TrainingBatches
 from nni_cream.ranks import is_first, rank
-from nni_cream.recipe import CreamRecipe, Data, Device, Flops, to_yaml
+from nni_cream.recipe import CreamRecipe, Data, Device, Flops, Recipe, to_yaml
 from nni_cream.reporting import Reporter, on_terminal
 from nni_cream.runs import RunDirectory
-from nni_cream.shards import Shards, Shuffled
+from nni_cream.shards import Shards
+from nni_cream.soundness import Soundness
 from nni_cream.strategies.cream import CreamStrategy
 from nni_cream.strategies.cream_module import RankedPath
 from nni_cream.training import ImageClassifier
@@ -41,6 +44,10 @@ if TYPE_CHECKING:
     from search_spaces.cream import SpacePlan
 
 _MILLION: Final = 1_000_000
+
+# NNI's evaluators want to know what their parts were made with.
+_Batches: Final = nni.trace(Batches)
+_TrainingBatches: Final = nni.trace(TrainingBatches)
 
 
 def search_cream(recipe: CreamRecipe, directory: RunDirectory) -> Child:
@@ -62,10 +69,10 @@ def search_cream(recipe: CreamRecipe, directory: RunDirectory) -> Child:
     arrange_in_memory(space, recipe.device)
     evaluator = Lightning(
         ImageClassifier(splits.num_classes, recipe.optimizer.timm_arguments(), recipe.schedule.timm_arguments()),
-        make_trainer(recipe.epochs, recipe.device, directory),
-        train_dataloaders=make_loader(splits.weights, data, training=True, devices=devices),
+        make_trainer(recipe, directory, checkpoint := find_checkpoint(directory)),
+        train_dataloaders=make_training_loader(splits.weights, data, recipe.seed, devices=devices),
         val_dataloaders=make_loader(splits.architecture, data, devices=devices),
-        fit_kwargs={"ckpt_path": find_checkpoint(directory)},
+        fit_kwargs={"ckpt_path": checkpoint},
     )
     settings = recipe.cream.model_dump()
     if not isinstance(recipe.cream.prior, str):
@@ -210,47 +217,68 @@ def arrange_in_memory(network: Any, device: Device) -> None:
     network.to(memory_format=getattr(torch, device.memory_format))
 
 
-def make_loader(images: LabelledImages, data: Data, *, training: bool = False, devices: int = 1) -> Any:
-    """Return batches of ``images``; of several processes, one for each device, every one gets a part of every batch.
+def make_training_loader(
+    images: LabelledImages, data: Data, seed: int, *, stream: int = 0, devices: int = 1
+) -> TrainingBatches:
+    """Return full batches of ``images``, shuffled; each of several processes, one for each device, gets its part.
 
-    For training they are shuffled, of ``data.batch_size`` each, and what is left over is left out. Else they are as
-    nearly equal as can be: a small last one would have poor batch statistics, and a single image none.
+    The order of an epoch, and how each image is varied in it, follow from ``seed``, and from ``stream`` where two
+    loaders have one seed.
 
     Raises:
-        UserError: if there is not one whole batch to train on, or not one image for every device.
+        UserError: if there is not one whole batch to train on.
     """
-    workers = {"num_workers": data.workers, "persistent_workers": data.workers > 0}
-    if training:
-        if len(images) < data.batch_size:
-            raise UserError(
-                f"data.batch_size is {data.batch_size}, but there are {len(images)} images to train on: make it at "
-                "most that."
-            )
-        if devices > 1:
-            whole = BatchSampler(Shuffled(len(images)), data.batch_size, drop_last=True)
-            return DataLoader(images, batch_sampler=Shards(whole, rank(), devices), **workers)
-        return DataLoader(images, batch_size=data.batch_size, shuffle=True, drop_last=True, **workers)
+    if len(images) < data.batch_size:
+        raise UserError(
+            f"data.batch_size is {data.batch_size}, but there are {len(images)} images to train on: make it at most "
+            "that."
+        )
+    loader: TrainingBatches = _TrainingBatches(
+        images, data.batch_size, data.workers, seed=seed, stream=stream, rank=rank(), processes=devices
+    )
+    return loader
+
+
+def make_loader(images: LabelledImages, data: Data, *, devices: int = 1) -> Batches:
+    """Return batches of ``images`` to measure on, of which each of several processes gets a part.
+
+    They are as nearly equal as can be: a small last one would have poor batch statistics, and a single image none.
+
+    Raises:
+        UserError: if there is not one image for every device.
+    """
     if len(images) < devices:
         raise UserError(
             f"device.devices is {devices}, but a part of the data has {len(images)} images: make it smaller."
         )
     number = min(-(-len(images) // data.batch_size), max(1, len(images) // max(2, devices)))
     batches: Any = [part.tolist() for part in np.array_split(np.arange(len(images)), number)]
-    return DataLoader(images, batch_sampler=batches if devices == 1 else Shards(batches, rank(), devices), **workers)
+    loader: Batches = _Batches(
+        images, batches if devices == 1 else Shards(batches, rank(), devices), workers=data.workers
+    )
+    return loader
 
 
-def make_trainer(epochs: int, device: Device, directory: RunDirectory, **arguments: Any) -> Any:
+def make_trainer(recipe: Recipe, directory: RunDirectory, checkpoint: Path | None, **arguments: Any) -> Any:
     """Return a Lightning trainer that keeps checkpoints and TensorBoard events in the run directory.
+
+    Args:
+        recipe: what is trained.
+        directory: of the run.
+        checkpoint: what the run goes on from, if it does.
+        arguments: further ones of Lightning's ``Trainer``.
 
     Raises:
         UserError: as :func:`on_device`.
     """
+    # What was logged after the checkpoint will be logged again.
+    purge_step = None if checkpoint is None else steps_before(checkpoint)
     return on_device(
-        device,
-        max_epochs=epochs,
+        recipe.device,
+        max_epochs=recipe.epochs,
         default_root_dir=directory.path,
-        logger=TensorBoardLogger(directory.path, name="tensorboard", version=""),
-        callbacks=[LastTwo(directory)],
+        logger=TensorBoardLogger(directory.path, name="tensorboard", version="", purge_step=purge_step),
+        callbacks=[Soundness(recipe.skip_bad_steps), LastTwo(directory, recipe.checkpoint_minutes)],
         num_sanity_val_steps=0,
         log_every_n_steps=10,
         **arguments,

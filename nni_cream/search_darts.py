@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import itertools
 from typing import Any
 
 import pytorch_lightning as pl
@@ -16,6 +15,7 @@ from nni_cream.child import Child
 from nni_cream.cost import measure_network
 from nni_cream.data import LabelledImages
 from nni_cream.distributed import total
+from nni_cream.loading import first_batches
 from nni_cream.plots import save_cells
 from nni_cream.ranks import is_first
 from nni_cream.recipe import DartsRecipe, to_yaml
@@ -28,6 +28,7 @@ from nni_cream.search import (
     load_splits,
     make_loader,
     make_trainer,
+    make_training_loader,
     print_child,
     result_of,
 )
@@ -54,14 +55,14 @@ def search_darts(recipe: DartsRecipe, directory: RunDirectory) -> Child:
     arrange_in_memory(space, recipe.device)
     # As published, the images that α learns from vary like those of the weights.
     varied = LabelledImages(splits.architecture.images, splits.architecture.indices, splits.weights.transform)
-    weight_loader = make_loader(splits.weights, data, training=True, devices=devices)
+    weight_loader = make_training_loader(splits.weights, data, recipe.seed, devices=devices)
     validation_loader = make_loader(splits.validation, data, devices=devices)
     evaluator = Lightning(
         ImageClassifier(splits.num_classes, recipe.optimizer.timm_arguments(), recipe.schedule.timm_arguments()),
-        make_trainer(recipe.epochs, recipe.device, directory),
+        make_trainer(recipe, directory, checkpoint := find_checkpoint(directory)),
         train_dataloaders=weight_loader,
-        val_dataloaders=make_loader(varied, data, training=True, devices=devices),
-        fit_kwargs={"ckpt_path": find_checkpoint(directory)},
+        val_dataloaders=make_training_loader(varied, data, recipe.seed, stream=1, devices=devices),
+        fit_kwargs={"ckpt_path": checkpoint},
     )
     settings = recipe.darts.model_dump()
     if recipe.darts.flops_target is not None:
@@ -79,8 +80,8 @@ def search_darts(recipe: DartsRecipe, directory: RunDirectory) -> Child:
     # freeze() hands out the supernet's own modules.
     network = copy.deepcopy(module.model.freeze(sample)).to(module.device)
     cost = measure_network(network, data.resolution)
-    batches = (images.to(module.device) for images, _ in itertools.islice(weight_loader, _CALIBRATION_BATCHES))
-    calibrate(network, batches)
+    batches = first_batches(weight_loader, _CALIBRATION_BATCHES, recipe.epochs)
+    calibrate(network, (images.to(module.device) for images, _ in batches))
     child = Child(
         architecture=space.genotype(sample),
         num_classes=splits.num_classes,

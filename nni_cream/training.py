@@ -19,6 +19,8 @@ from torch import Tensor
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
+from nni_cream import soundness
+from nni_cream.averages import StepMean
 from nni_cream.distributed import mean
 from nni_cream.errors import UserError
 
@@ -55,7 +57,7 @@ class ImageClassifier(LightningModule):
         self.label_smoothing = label_smoothing
         self.auxiliary_weight = auxiliary_weight
         self.drop_path_rate = drop_path_rate
-        self.train_loss = MeanMetric()
+        self.train_loss = StepMean()
         self.measured_loss = MeanMetric()
         self.top1 = MulticlassAccuracy(num_classes, average="micro")
         self.top5 = MulticlassAccuracy(num_classes, average="micro", top_k=min(5, num_classes))
@@ -78,9 +80,20 @@ class ImageClassifier(LightningModule):
         self.log("train_loss", shown, prog_bar=True)
         return loss
 
+    def configure_callbacks(self) -> Any:
+        """End a training that has diverged, if nothing else does."""
+        return soundness.unless_there(self.trainer)
+
+    def on_train_start(self) -> None:
+        """Drop as many paths as in the epoch that an interrupted training goes on with."""
+        self._set_drop_path_rate()
+
     def on_train_epoch_start(self) -> None:
         """Begin a new average, and drop more paths than before."""
         self.train_loss.reset()
+        self._set_drop_path_rate()
+
+    def _set_drop_path_rate(self) -> None:
         if hasattr(self.model, "set_drop_path_rate"):
             self.model.set_drop_path_rate(self.drop_path_rate * self.trainer.current_epoch / self.trainer.max_epochs)
 

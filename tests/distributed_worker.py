@@ -9,6 +9,7 @@ Every process writes FOLDER/<rank>.pt.
 from __future__ import annotations
 
 import copy
+import math
 import os
 import sys
 import traceback
@@ -148,7 +149,8 @@ class Watcher(pl.Callback):
         self.before = {name: p.detach().clone() for name, p in pl_module.named_parameters()}
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, *_: Any) -> None:
-        self.losses.append(float(outputs["loss"]))
+        # A step that is left out has none.
+        self.losses.append(float(outputs["loss"]) if outputs else math.nan)
         self.paths.append({m.label: m._sampled for m in pl_module.modules() if isinstance(m, PathSamplingLayer)})
         self.moved.append([n for n, p in pl_module.named_parameters() if not torch.equal(p, self.before[n])])
 

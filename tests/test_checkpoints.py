@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from nni_cream.checkpoints import LastTwo, find_checkpoint
-from nni_cream.errors import UserError
+from nni_cream.errors import TrainingError, UserError
 from nni_cream.runs import RunDirectory
 
 
@@ -82,6 +82,20 @@ class TestWriting:
         assert set(found) <= {"last.ckpt", "previous.ckpt"}
         train(tmp_path, 3)
         assert epochs_in(tmp_path) == {"last.ckpt": 2, "previous.ckpt": 1}
+
+    def test_of_what_is_no_number_is_refused_and_leaves_what_there_was(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        train(tmp_path, 2)
+
+        def spoil(self: Module) -> None:
+            with torch.no_grad():
+                self.layer.bias.fill_(torch.nan)
+
+        monkeypatch.setattr(Module, "on_train_epoch_end", spoil)
+        with pytest.raises(TrainingError, match="A weight is nan: the training has diverged"):
+            train(tmp_path, 3)
+        assert epochs_in(tmp_path) == {"last.ckpt": 1, "previous.ckpt": 0}
 
 
 class TestFinding:

@@ -21,7 +21,7 @@ from nni_cream.models.cream import OPERATIONS, STAGES, STEM_CHANNELS, build_chil
 from nni_cream.recipe import CreamRecipe, Data, Flops, load_recipe, parse_override, to_yaml
 from nni_cream.reporting import Reporter
 from nni_cream.runs import RunDirectory
-from nni_cream.search import load_splits, make_loader, refuse_unreachable, search_cream
+from nni_cream.search import load_splits, make_loader, make_training_loader, refuse_unreachable, search_cream
 from nni_cream.strategies.cream_module import RankedPath
 from search_spaces.cream import CreamSpace, SpacePlan
 
@@ -189,9 +189,12 @@ class TestWhatASearchIsGiven:
         Stub.made.clear()
         checkpoint = tmp_path / "old" / "checkpoints" / "last.ckpt"
         checkpoint.parent.mkdir(parents=True)
-        torch.save({"epoch": 0}, checkpoint)
+        progress = {"total": {"processed": 12}}
+        torch.save({"loops": {"fit_loop": {"epoch_loop.batch_progress": progress}}}, checkpoint)
         _, strategy = search(tmp_path / "old")
         assert strategy.evaluator.fit_kwargs == {"ckpt_path": checkpoint}
+        # What was logged after it is not shown twice.
+        assert strategy.evaluator.trainer.logger._kwargs["purge_step"] == 12
 
     @pytest.mark.parametrize(
         ("flops", "resolution", "depths"),
@@ -337,8 +340,14 @@ def images(number: int) -> LabelledImages:
     return numbers
 
 
+def loader_of(number: int, data: Data, *, training: bool = False, devices: int = 1) -> Any:
+    if training:
+        return make_training_loader(images(number), data, seed=0, devices=devices)
+    return make_loader(images(number), data, devices=devices)
+
+
 def batches(number: int, batch_size: int, **options: Any) -> list[list[int]]:
-    return [batch.tolist() for batch in make_loader(images(number), Data(batch_size=batch_size), **options)]
+    return [batch.tolist() for batch in loader_of(number, Data(batch_size=batch_size), **options)]
 
 
 class TestBatches:
@@ -360,7 +369,7 @@ class TestBatches:
         assert batches(1, 8) == [[0]]
 
     def test_of_a_training_are_full_and_shuffled(self) -> None:
-        loader = make_loader(images(50), Data(batch_size=8), training=True)
+        loader = make_training_loader(images(50), Data(batch_size=8), seed=0)
         epochs = [[batch.tolist() for batch in loader] for _ in range(2)]
         for found in epochs:
             assert [len(batch) for batch in found] == [8] * 6
@@ -372,18 +381,16 @@ class TestBatches:
     def test_of_a_training_need_as_many_images(self) -> None:
         assert sorted(batches(8, 8, training=True)[0]) == list(range(8))
         with pytest.raises(UserError) as caught:
-            make_loader(images(7), Data(batch_size=8), training=True)
+            make_training_loader(images(7), Data(batch_size=8), seed=0)
         assert str(caught.value) == ("data.batch_size is 8, but there are 7 images to train on: make it at most that.")
 
     @pytest.mark.parametrize("training", [True, False])
     @pytest.mark.parametrize("number", [6, 7, 22, 50])
     def test_are_divided_among_the_devices(self, monkeypatch: pytest.MonkeyPatch, number: int, training: bool) -> None:
-        torch.manual_seed(0)
         whole = batches(number, 6, training=training)
         parts = []
         for rank in range(3):
             monkeypatch.setenv("RANK", str(rank))
-            torch.manual_seed(0)
             parts.append(batches(number, 6, training=training, devices=3))
         assert [list(itertools.chain(*pieces)) for pieces in zip(*parts, strict=True)] == whole
         if training:
@@ -398,7 +405,7 @@ class TestBatches:
     @pytest.mark.parametrize("training", [True, False])
     @pytest.mark.parametrize("workers", [0, 2])
     def test_are_loaded_by_workers_that_stay(self, training: bool, workers: int) -> None:
-        loader = make_loader(images(8), Data(batch_size=4, workers=workers), training=training)
+        loader = loader_of(8, Data(batch_size=4, workers=workers), training=training)
         assert (loader.num_workers, loader.persistent_workers) == (workers, workers > 0)
 
 

@@ -277,14 +277,17 @@ class TwoHeads(nn.Module):
         super().__init__()
         self.body = small_network()
         self.auxiliary = nn.Linear(48, CLASSES)
-        self.rates: list[float] = []
+        self.rate: float | None = None
+        self.rates: list[float | None] = []
 
     def forward(self, images: Tensor) -> Any:
+        if self.training and self.rates[-1:] != [self.rate]:
+            self.rates.append(self.rate)
         logits = self.body(images)
         return DartsOutput(logits, self.auxiliary(images.flatten(1))) if self.training else logits
 
     def set_drop_path_rate(self, rate: float) -> None:
-        self.rates.append(rate)
+        self.rate = rate
 
 
 class TestAuxiliaryHead:

@@ -21,13 +21,16 @@ from nni.mutable import Sample
 from nni.nas.evaluator.pytorch import LightningModule
 from nni.nas.oneshot.pytorch.base_lightning import BaseOneShotLightningModule
 from torch import Tensor, nn
-from torchmetrics import MeanMetric
+from torch.utils.data import DataLoader
 
+from nni_cream import soundness
+from nni_cream.averages import StepMean
 from nni_cream.board import BoardEntry, PrioritizedBoard
 from nni_cream.cost import Cost, CostTable
 from nni_cream.distributed import agreed, average_, gathered, mean, processes, total
 from nni_cream.errors import UserError
 from nni_cream.launching import refuse_other_strategies
+from nni_cream.loading import first_batches
 from nni_cream.matching import MatchingLayer, matching_gradient
 from nni_cream.sampling import Path, PathSampler, Prior
 from nni_cream.supernet.batch_norm import batch_statistics, recalibrated
@@ -117,8 +120,8 @@ class CreamLightningModule(BaseOneShotLightningModule):
         self._held_out_position = 0
         self._typical_accuracy = 0.0
         self._steps = 0
-        self._train_loss = MeanMetric()
-        self._train_accuracy = MeanMetric()
+        self._train_loss, self._train_accuracy, self._teaching_weight = StepMean(), StepMean(), StepMean()
+        self._path: Path = ()
         self._measured: list[Path] = []
         self._correct: list[Tensor] = []
         self._seen = 0
@@ -182,6 +185,14 @@ class CreamLightningModule(BaseOneShotLightningModule):
             return None
         return torch.optim.SGD(self.matching.parameters(), lr=self.settings.matching_lr, momentum=0.9, nesterov=True)
 
+    def configure_callbacks(self) -> Any:
+        """End a search that has diverged, if nothing else does."""
+        return soundness.unless_there(self.trainer)
+
+    def describe_step(self) -> str:
+        """Say which path is being trained."""
+        return f"on path {list(self._path)}"
+
     def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
         """Let the evaluator's module decide how its schedule steps."""
         self.training_module.lr_scheduler_step(scheduler, metric)
@@ -197,14 +208,17 @@ class CreamLightningModule(BaseOneShotLightningModule):
                 "no path could ever enter it; set cream.warmup_epochs below epochs."
             )
 
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor | None:
         """Train one path for one batch."""
         images, targets = batch
         if batch_idx == 0:
             self._check_batch(len(images) * processes())
-        path = self.paths.to_path(self.resample())
+        path = self._path = self.paths.to_path(self.resample())
         if self.settings.teacher == "matching" and self.board.entries and self._meta_step_is_due():
             self._meta_step(path, images, targets, batch_idx)
+            if soundness.of(self.trainer).bad:
+                self._leave_out(batch_idx)
+                return None
 
         teaching = self._choose_teacher() if self.board.entries else None
         soft_targets = self._ask_teacher(teaching, path, images) if teaching else None
@@ -213,8 +227,12 @@ class CreamLightningModule(BaseOneShotLightningModule):
         if teaching and soft_targets is not None:
             weight = teaching.weight.detach()
             loss = (weight * F.cross_entropy(logits, soft_targets) + (2 - weight) * loss) / 2
-            self.log("teaching_weight", weight, on_step=True, on_epoch=True, sync_dist=True)
+            self._teaching_weight.update(weight)
+            self.log("teaching_weight_step", weight)
         self.advance_optimization(loss, batch_idx)
+        if soundness.of(self.trainer).bad:
+            self._leave_out(batch_idx)
+            return None
         self.advance_lr_schedulers(batch_idx)
         self._steps += 1
 
@@ -226,6 +244,11 @@ class CreamLightningModule(BaseOneShotLightningModule):
         if self.trainer.current_epoch >= self.settings.warmup_epochs:
             self._consider(path, images, logits.detach(), accuracy)
         return loss
+
+    def _leave_out(self, batch_idx: int) -> None:
+        """Count a step that was none, and let its path neither onto the board nor into averages."""
+        self.advance_lr_schedulers(batch_idx)
+        self._steps += 1
 
     def _check_batch(self, size: int) -> None:
         # Only for the first batch: the last one of an epoch may well be smaller, and is left out of both uses.
@@ -286,10 +309,18 @@ class CreamLightningModule(BaseOneShotLightningModule):
         scale = loss_scale(self.trainer)
         gradients = torch.autograd.grad(scale * teaching_loss, weights, allow_unused=True)
         drawn = [(p, g / scale) for p, g in zip(weights, gradients, strict=True) if g is not None]
+        taught = {"gradient of teaching": [g for _, g in drawn]}
+        if scale > 1 and soundness.first_not_finite(taught):
+            # It has left the range of float16, which says nothing about the search: Lightning's scaler does the same.
+            scaler = self.trainer.precision_plugin.scaler
+            scaler.update(scale * scaler.get_backoff_factor())
+            return
         learning_rate = self._weight_optimizer().param_groups[0]["lr"]
         # A loss with the gradient that is known already, in place of a second pass through the network.
         linear = torch.stack([(p * g).sum() for p, g in drawn]).sum()
         self.advance_optimization(teaching.weight.detach() * linear, batch_idx)
+        if soundness.of(self.trainer).bad:
+            return
 
         held_out, labels = images[size : 2 * size], targets[size : 2 * size]
         validation_loss = F.cross_entropy(
@@ -301,9 +332,8 @@ class CreamLightningModule(BaseOneShotLightningModule):
             teaching.weight, parameters, [g for _, g in drawn], validation_gradients, learning_rate
         )
         average_(gradients)
-        if scale != 1 and not all(gradient.isfinite().all() for gradient in gradients):
-            # Scaled gradients have left the range of float16. The step of the weights has been left out for that, and
-            # the scale lowered.
+        read = {"loss of the matching layer": [validation_loss.detach()], "gradient of the matching layer": gradients}
+        if not soundness.of(self.trainer).allows(self, read):
             return
         optimizer: torch.optim.Optimizer = self.architecture_optimizers().optimizer
         for parameter, gradient in zip(parameters, gradients, strict=True):
@@ -340,7 +370,10 @@ class CreamLightningModule(BaseOneShotLightningModule):
 
     def _next_held_out(self) -> tuple[Tensor, Tensor]:
         if self._held_out is None:
-            loader = self.trainer.val_dataloaders
+            loader = copy.copy(self.trainer.val_dataloaders)
+            if isinstance(loader, DataLoader):
+                # The validation of an epoch would begin an iterator anew whose workers it shares.
+                loader._iterator = None
             endless = itertools.chain.from_iterable(itertools.repeat(loader))
             self._held_out = itertools.islice(endless, self._held_out_position % len(loader), None)
         while True:
@@ -357,8 +390,8 @@ class CreamLightningModule(BaseOneShotLightningModule):
     def on_train_epoch_start(self) -> None:
         """Begin new averages."""
         super().on_train_epoch_start()
-        self._train_loss.reset()
-        self._train_accuracy.reset()
+        for average in (self._train_loss, self._train_accuracy, self._teaching_weight):
+            average.reset()
 
     def on_validation_epoch_start(self) -> None:
         """Decide which paths are measured: those on the board, or a few others while it is empty."""
@@ -390,6 +423,8 @@ class CreamLightningModule(BaseOneShotLightningModule):
         self.board.rescore(dict(zip(self._measured, percent, strict=True)))
         self.log("val_accuracy", max(shares), prog_bar=True, sync_dist=True)
         self.log("board_size", float(len(self.board)), sync_dist=True)
+        if self._teaching_weight.weight > 0:
+            self.log("teaching_weight_epoch", self._teaching_weight.compute(), sync_dist=True)
         # In every process, because they put their averages together here.
         train_loss, train_accuracy = self._train_loss.compute().item(), self._train_accuracy.compute().item()
         if not self.trainer.is_global_zero:
@@ -452,8 +487,9 @@ class CreamLightningModule(BaseOneShotLightningModule):
         return network
 
     def _calibration_images(self) -> Iterator[Tensor]:
-        batches = itertools.islice(self.trainer.train_dataloader, self.settings.recalibration_batches)
-        for batch in batches:
+        # Of an epoch after the last, whatever has been loaded before: the same images for every path.
+        epochs = self.trainer.max_epochs or 0
+        for batch in first_batches(self.trainer.train_dataloader, self.settings.recalibration_batches, epochs):
             yield self._moved(batch)[0]
 
     def export(self) -> Sample:

@@ -6,7 +6,7 @@ depart from the published code, and why.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, Final, Literal
@@ -17,10 +17,10 @@ import torch.nn.functional as F
 from nni.nas.evaluator.pytorch import LightningModule
 from nni.nas.oneshot.pytorch.base_lightning import BaseOneShotLightningModule
 from torch import Tensor, nn
-from torchmetrics import MeanMetric
 from torchmetrics.aggregation import SumMetric
 
-from nni_cream import hypergradient
+from nni_cream import hypergradient, soundness
+from nni_cream.averages import StepMean
 from nni_cream.collapse import WINDOW, rises_sharply
 from nni_cream.curvature import dominant_eigenvalue
 from nni_cream.distributed import mean
@@ -107,9 +107,7 @@ class DartsLightningModule(BaseOneShotLightningModule):
         self._weight_names: list[str] = []
         self._weights: list[Tensor] = []
         self._last_for_alpha: Batch | None = None
-        self._train_loss = MeanMetric()
-        self._train_accuracy = MeanMetric()
-        self._alpha_loss = MeanMetric()
+        self._train_loss, self._train_accuracy, self._alpha_loss = StepMean(), StepMean(), StepMean()
         self._correct = SumMetric()
         self._seen = SumMetric()
 
@@ -132,6 +130,16 @@ class DartsLightningModule(BaseOneShotLightningModule):
             weight_decay=settings.alpha_weight_decay,
         )
 
+    def configure_callbacks(self) -> Any:
+        """End a search that has diverged, if nothing else does."""
+        return soundness.unless_there(self.trainer)
+
+    def describe_step(self) -> str:
+        """Say how large the weights of operations are in each kind of cell."""
+        shares = {name: self.alphas[name].detach().softmax(-1) for name in self.alphas}
+        ranges = (f"{name} {share.min().item():.3g} to {share.max().item():.3g}" for name, share in shares.items())
+        return f"with cell weights {', '.join(ranges)}"
+
     def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
         """Let the evaluator's module decide how its schedule steps."""
         self.training_module.lr_scheduler_step(scheduler, metric)
@@ -151,11 +159,14 @@ class DartsLightningModule(BaseOneShotLightningModule):
         if self.settings.order == "second":
             hypergradient.sgd_step(self._weight_optimizer(), self._weights)
 
-    def training_step(self, batch: dict[str, Batch], batch_idx: int) -> Tensor:
+    def training_step(self, batch: dict[str, Batch], batch_idx: int) -> Tensor | None:
         """Move α by a validation batch, then the weights by a training batch (algorithm 1)."""
         images, targets = batch[TRAIN]
         if self.trainer.current_epoch >= self.settings.warmup_epochs:
             self._architecture_step(batch[TRAIN], batch[ALPHA])
+            if soundness.of(self.trainer).bad:
+                self.advance_lr_schedulers(batch_idx)
+                return None
         with self._fixed_alphas():
             logits = self.training_module(images)
             loss = self._criterion(logits, targets)
@@ -164,9 +175,10 @@ class DartsLightningModule(BaseOneShotLightningModule):
                 clip *= loss_scale(self.trainer)
             self.advance_optimization(loss, batch_idx, clip, "norm")
         self.advance_lr_schedulers(batch_idx)
-        loss = mean(loss)
+        accuracy = (logits.argmax(-1) == targets).to(loss).mean()
+        loss, accuracy = mean(torch.stack([loss.detach(), accuracy])).unbind()
         self._train_loss.update(loss)
-        self._train_accuracy.update((logits.argmax(-1) == targets).float().mean())
+        self._train_accuracy.update(accuracy)
         self.log("train_loss", loss, prog_bar=True)
         return loss
 
@@ -175,6 +187,13 @@ class DartsLightningModule(BaseOneShotLightningModule):
         gradients = result.gradients
         if self.expected_cost is not None:
             gradients = tuple(a + b for a, b in zip(gradients, self._cost_gradients(), strict=True))
+        read: dict[str, Sequence[Tensor]] = {
+            "α": list(self.alphas.parameters()),
+            "loss of α": [result.valid_loss],
+            "gradient of α": gradients,
+        }
+        if not soundness.of(self.trainer).allows(self, read):
+            return
         optimizer: Any = self.architecture_optimizers()
         for table, gradient in zip(self.alphas.parameters(), gradients, strict=True):
             table.grad = gradient
@@ -346,9 +365,14 @@ class DartsLightningModule(BaseOneShotLightningModule):
         """Keep what Lightning does not know of."""
         epochs = [asdict(epoch) for epoch in self.epochs]
         checkpoint["darts"] = {"epochs": epochs, "ended_because": self.ended_because}
+        if self.settings.eigenvalue != "off":
+            # A checkpoint may be of the time between the last step of an epoch and its end, which needs them.
+            checkpoint["darts"]["last_for_alpha"] = self._last_for_alpha
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restore what :meth:`on_save_checkpoint` kept."""
         state = checkpoint["darts"]
         self.epochs = [Epoch(**epoch) for epoch in state["epochs"]]
         self.ended_because = state["ended_because"]
+        last = state.get("last_for_alpha")
+        self._last_for_alpha = None if last is None else tuple(last)

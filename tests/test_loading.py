@@ -1,0 +1,170 @@
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.data import BatchSampler, SequentialSampler
+
+from nni_cream.data import Augmentation, LabelledImages, load_data
+from nni_cream.loading import Batches, TrainingBatches, first_batches
+from nni_cream.shards import Draw
+
+BATCH = 8
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*DataLoader will create")
+
+
+class Varied:
+    """Draws from the three streams that transforms draw from."""
+
+    def __call__(self, _image: Any) -> Tensor:
+        return torch.tensor([torch.rand(()).item(), random.random(), np.random.rand()], dtype=torch.float64)
+
+
+@pytest.fixture(scope="module")
+def images() -> LabelledImages:
+    """43 images, which is 5 batches and some."""
+    part = load_data("digits", resolution=8).weights
+    return LabelledImages(part.images, part.indices[:43], Varied())
+
+
+def streams() -> tuple[Any, ...]:
+    return torch.get_rng_state().tolist(), random.getstate(), str(np.random.get_state())
+
+
+def loaded(loader: Any) -> list[Tensor]:
+    return [varied for varied, _ in loader]
+
+
+def same(ours: list[Tensor], theirs: list[Tensor]) -> bool:
+    return len(ours) == len(theirs) and all(map(torch.equal, ours, theirs))
+
+
+class TestVariation:
+    def test_of_an_image_follows_from_its_seed_alone(self, images: LabelledImages) -> None:
+        first = images[Draw(3, 123456789012345)][0]
+        random.random()
+        assert torch.equal(images[Draw(3, 123456789012345)][0], first)
+        assert torch.equal(images.__getitems__([0, Draw(3, 123456789012345)])[1][0], first)
+        other = images[Draw(3, 123456789012346 + 2**40)][0]
+        assert (other != first).all()
+
+    def test_draws_different_numbers_from_the_three_streams(self, images: LabelledImages) -> None:
+        """PyTorch and NumPy have the same generator, which must not get the same seed."""
+        numbers = torch.stack([images[Draw(0, seed)][0] for seed in torch.randint(2**63 - 1, (500,)).tolist()])
+        correlations = np.corrcoef(numbers.T.numpy())
+        assert abs(correlations - np.eye(3)).max() < 0.2
+        assert numbers.mean(0).tolist() == pytest.approx([0.5] * 3, abs=0.06)
+
+    def test_leaves_the_streams_of_the_process_alone(self, images: LabelledImages) -> None:
+        before = streams()
+        loaded(TrainingBatches(images, BATCH))
+        assert streams() == before
+
+    def test_of_a_plain_position_draws_from_them(self, images: LabelledImages) -> None:
+        before = streams()
+        torch.manual_seed(1)
+        first = images[3][0]
+        assert not torch.equal(images[3][0], first)
+        assert streams() != before
+
+    @pytest.mark.parametrize("workers", [1, 2])
+    def test_is_the_same_in_workers(self, images: LabelledImages, workers: int) -> None:
+        expected, found = (TrainingBatches(images, BATCH, number, seed=3) for number in (0, workers))
+        for _ in range(2):
+            assert same(loaded(found), loaded(expected))
+
+    @pytest.mark.parametrize("processes", [2, 3])
+    def test_is_the_same_in_several_processes(self, images: LabelledImages, processes: int) -> None:
+        whole = loaded(TrainingBatches(images, 6, seed=3))
+        parts = [
+            loaded(TrainingBatches(images, 6, seed=3, rank=rank, processes=processes)) for rank in range(processes)
+        ]
+        assert same([torch.cat(pieces) for pieces in zip(*parts, strict=True)], whole)
+
+    def test_by_the_transforms_of_timm_follows_from_it_too(self) -> None:
+        augmentation = Augmentation(color_jitter=0.4, re_prob=0.5, interpolation="random")
+        automatic = Augmentation(auto_augment="rand-m9-mstd0.5", re_prob=0.5, re_mode="pixel")
+        for chosen in (augmentation, automatic, Augmentation(crop_padding=4, cutout=8)):
+            part = load_data("digits", resolution=32, augmentation=chosen).weights
+            first = part[Draw(3, 7)][0]
+            assert torch.equal(part[Draw(3, 7)][0], first)
+            assert not torch.equal(part[Draw(3, 8 + 2**40)][0], first)
+
+
+class TestResuming:
+    @pytest.mark.parametrize("workers", [0, 2])
+    @pytest.mark.parametrize("done", [1, 3, 4])
+    def test_goes_on_with_the_next_batch(self, images: LabelledImages, done: int, workers: int) -> None:
+        first = TrainingBatches(images, BATCH, workers, seed=3)
+        list(first)
+        second_lap = iter(first)
+        for _ in range(done):
+            next(second_lap)
+        state = first.state_dict()
+        assert state == {"epoch": 0, "lap": 1, "batches": done}
+        expected = loaded(second_lap)
+        assert len(expected) == 5 - done
+
+        again = TrainingBatches(images, BATCH, workers, seed=3)
+        again.load_state_dict(state)
+        assert len(again) == 5
+        assert same(loaded(again), expected)
+        assert same(loaded(again), loaded(first))
+
+    def test_after_the_last_batch_goes_on_with_the_next_lap(self, images: LabelledImages) -> None:
+        first = TrainingBatches(images, BATCH, seed=3)
+        lap = iter(first)
+        for _ in range(5):
+            next(lap)
+        state = first.state_dict()
+        assert state == {"epoch": 0, "lap": 1, "batches": 0}
+
+    def test_loads_no_image_of_the_batches_before(self, images: LabelledImages) -> None:
+        seen: list[int] = []
+
+        class Watched(LabelledImages):
+            def __getitems__(self, positions: Any) -> Any:
+                seen.extend(map(int, positions))
+                return super().__getitems__(positions)
+
+        loader = TrainingBatches(Watched(images.images, images.indices, images.transform), BATCH)
+        loader.load_state_dict({"epoch": 0, "lap": 0, "batches": 3})
+        list(loader)
+        assert len(seen) == 2 * BATCH
+
+
+class TestBatches:
+    @pytest.mark.parametrize("workers", [0, 1])
+    @pytest.mark.parametrize("make", [TrainingBatches, lambda images, size, workers: in_order(images, size, workers)])
+    def test_draw_no_number_of_the_process(
+        self, images: LabelledImages, make: Callable[..., Any], workers: int
+    ) -> None:
+        still = LabelledImages(images.images, images.indices, lambda _: torch.zeros(1))
+        loader = make(still, BATCH, workers)
+        before = streams()
+        for _ in range(2):
+            list(loader)
+        assert streams() == before
+
+
+def in_order(images: LabelledImages, size: int, workers: int) -> Batches:
+    return Batches(images, BatchSampler(SequentialSampler(images), size, drop_last=False), workers)
+
+
+class TestFirstBatches:
+    def test_are_the_same_whatever_has_been_loaded_before(self, images: LabelledImages) -> None:
+        fresh, used = TrainingBatches(images, BATCH, seed=3), TrainingBatches(images, BATCH, seed=3)
+        expected = loaded(first_batches(fresh, 3, epoch=9))
+        list(used)
+        next(iter(used))
+        for number in (2, 5, 3):
+            found = loaded(first_batches(used, number, epoch=9))
+        assert same(found, expected)
+        assert not same(loaded(itertools.islice(used, 3)), loaded(first_batches(used, 3, epoch=8)))
