@@ -111,7 +111,7 @@ def evaluate(recipe: EvaluationRecipe, file: Path, model: str | None = None, *, 
     module = ImageClassifier(splits.num_classes, Optimizer().timm_arguments(), Schedule().timm_arguments())
     module.set_model(network)
     trainer = on_device(recipe.device, logger=False, enable_checkpointing=False)
-    (tested,) = trainer.test(module, make_loader(images, data), verbose=False)
+    (tested,) = trainer.test(module, make_loader(images, data, recipe.device), verbose=False)
     return Evaluation(
         network=checkpoint.name,
         flops=cost.macs,

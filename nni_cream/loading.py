@@ -11,6 +11,7 @@ import torch
 from lightning_fabric.utilities.data import _set_sampler_epoch
 from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler
 
+from nni_cream.resident import ResidentImages
 from nni_cream.shards import Shards, Shuffled
 
 
@@ -18,6 +19,10 @@ def _leave_signals_to_the_main_process(_worker: int) -> None:
     # Ctrl-C in a terminal reaches workers too, and the main process may need another batch before it ends.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
 
 
 class Batches(DataLoader[Any]):
@@ -38,6 +43,7 @@ class Batches(DataLoader[Any]):
             num_workers=workers,
             persistent_workers=workers > 0,
             worker_init_fn=_leave_signals_to_the_main_process,
+            collate_fn=_as_it_is if isinstance(images, ResidentImages) else None,
         )
 
     def __iter__(self) -> Any:

@@ -81,7 +81,10 @@ class Augmentation(Settings):
 
 
 class Data(Settings):
-    """Which images, how large, and how they are loaded."""
+    """Which images, how large, and how they are loaded.
+
+    ``resident``: a part whose images fit and vary by moving alone stays on the device (:mod:`nni_cream.resident`).
+    """
 
     name: DataSetName = "mnist5k"
     folder: Path | None = None
@@ -89,6 +92,7 @@ class Data(Settings):
     resolution: Resolution = 32
     batch_size: BatchSize = 64
     workers: Workers = 0
+    resident: bool = True
     architecture_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
     validation_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
     augmentation: Augmentation = Augmentation()
@@ -142,6 +146,7 @@ class EvaluationData(Settings):
     resolution: Resolution | None = None
     batch_size: BatchSize | None = None
     workers: Workers | None = None
+    resident: bool | None = None
     augmentation: Resizing = Resizing()
 
     def completed(self, stored: Mapping[str, Any]) -> Data:

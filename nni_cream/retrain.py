@@ -81,22 +81,17 @@ def retrain(recipe: RetrainRecipe, candidate: Candidate, directory: RunDirectory
     checkpoint = find_checkpoint(directory)
     trainer = make_trainer(recipe, directory, checkpoint, gradient_clip_val=recipe.gradient_clip)
     training, validation = splits.retraining_parts()
-    devices = recipe.device.devices
-    training_loader = make_training_loader(training, data, recipe.seed, devices=devices)
+    training_loader = make_training_loader(training, data, recipe.seed, recipe.device)
+    validation_loader = make_loader(validation, data, recipe.device)
 
     # Everything has been checked by now: a start that fails must not claim the folder.
     directory.begin(to_yaml(recipe), recipe.seed)
     reporter.install()
-    trainer.fit(
-        module,
-        training_loader,
-        make_loader(validation, data, devices=devices),
-        ckpt_path=checkpoint,
-    )
+    trainer.fit(module, training_loader, validation_loader, ckpt_path=checkpoint)
     # Measured again, because a training that was interrupted after its last epoch has no metrics of it any more.
-    (validated,) = trainer.validate(module, make_loader(validation, data, devices=devices), verbose=False)
+    (validated,) = trainer.validate(module, validation_loader, verbose=False)
     val_accuracy = validated["val_accuracy"]
-    (tested,) = trainer.test(module, make_loader(splits.test, data, devices=devices), verbose=False)
+    (tested,) = trainer.test(module, make_loader(splits.test, data, recipe.device), verbose=False)
 
     settings = data.model_dump(mode="json")
     result = {

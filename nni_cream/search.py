@@ -33,6 +33,7 @@ from nni_cream.loading import Batches, TrainingBatches
 from nni_cream.ranks import is_first, rank
 from nni_cream.recipe import CreamRecipe, Data, Device, Flops, Recipe, to_yaml
 from nni_cream.reporting import Reporter, on_terminal
+from nni_cream.resident import as_resident
 from nni_cream.runs import RunDirectory
 from nni_cream.shards import Shards
 from nni_cream.soundness import Soundness
@@ -61,7 +62,6 @@ def search_cream(recipe: CreamRecipe, directory: RunDirectory) -> Child:
     pl.seed_everything(recipe.seed, verbose=False)
     plan = plan_space(recipe.flops.min, recipe.flops.max, recipe.data.resolution)
     data = recipe.data.at(plan.resolution)
-    devices = recipe.device.devices
     splits = load_splits(data, recipe.seed)
     options = recipe.space.model_dump()
     space = CreamSpace(plan.depths, splits.num_classes, **options)
@@ -70,8 +70,8 @@ def search_cream(recipe: CreamRecipe, directory: RunDirectory) -> Child:
     evaluator = Lightning(
         ImageClassifier(splits.num_classes, recipe.optimizer.timm_arguments(), recipe.schedule.timm_arguments()),
         make_trainer(recipe, directory, checkpoint := find_checkpoint(directory)),
-        train_dataloaders=make_training_loader(splits.weights, data, recipe.seed, devices=devices),
-        val_dataloaders=make_loader(splits.architecture, data, devices=devices),
+        train_dataloaders=make_training_loader(splits.weights, data, recipe.seed, recipe.device),
+        val_dataloaders=make_loader(splits.architecture, data, recipe.device),
         fit_kwargs={"ckpt_path": checkpoint},
     )
     settings = recipe.cream.model_dump()
@@ -81,7 +81,7 @@ def search_cream(recipe: CreamRecipe, directory: RunDirectory) -> Child:
         **settings,
         flops_range=(recipe.flops.min * _MILLION, recipe.flops.max * _MILLION),
         seed=recipe.seed,
-        ranking_dataloader=make_loader(splits.validation, data, devices=devices),
+        ranking_dataloader=make_loader(splits.validation, data, recipe.device),
     )
     initialize(strategy, space, evaluator, reporter)
     # Everything has been checked by now: a start that fails must not claim the folder.
@@ -218,7 +218,7 @@ def arrange_in_memory(network: Any, device: Device) -> None:
 
 
 def make_training_loader(
-    images: LabelledImages, data: Data, seed: int, *, stream: int = 0, devices: int = 1
+    images: LabelledImages, data: Data, seed: int, device: Device, *, stream: int = 0
 ) -> TrainingBatches:
     """Return full batches of ``images``, shuffled; each of several processes, one for each device, gets its part.
 
@@ -233,13 +233,14 @@ def make_training_loader(
             f"data.batch_size is {data.batch_size}, but there are {len(images)} images to train on: make it at most "
             "that."
         )
+    source, workers = _source(images, data, device)
     loader: TrainingBatches = _TrainingBatches(
-        images, data.batch_size, data.workers, seed=seed, stream=stream, rank=rank(), processes=devices
+        source, data.batch_size, workers, seed=seed, stream=stream, rank=rank(), processes=device.devices
     )
     return loader
 
 
-def make_loader(images: LabelledImages, data: Data, *, devices: int = 1) -> Batches:
+def make_loader(images: LabelledImages, data: Data, device: Device) -> Batches:
     """Return batches of ``images`` to measure on, of which each of several processes gets a part.
 
     They are as nearly equal as can be: a small last one would have poor batch statistics, and a single image none.
@@ -247,16 +248,28 @@ def make_loader(images: LabelledImages, data: Data, *, devices: int = 1) -> Batc
     Raises:
         UserError: if there is not one image for every device.
     """
+    devices = device.devices
     if len(images) < devices:
         raise UserError(
             f"device.devices is {devices}, but a part of the data has {len(images)} images: make it smaller."
         )
     number = min(-(-len(images) // data.batch_size), max(1, len(images) // max(2, devices)))
     batches: Any = [part.tolist() for part in np.array_split(np.arange(len(images)), number)]
-    loader: Batches = _Batches(
-        images, batches if devices == 1 else Shards(batches, rank(), devices), workers=data.workers
-    )
+    source, workers = _source(images, data, device)
+    loader: Batches = _Batches(source, batches if devices == 1 else Shards(batches, rank(), devices), workers=workers)
     return loader
+
+
+def _source(images: LabelledImages, data: Data, device: Device) -> tuple[Any, int]:
+    """Return what batches are made of, and how many workers make them."""
+    if data.resident:
+        on_gpu = device.accelerator != "cpu" and torch.cuda.is_available()
+        where = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if on_gpu else torch.device("cpu")
+        resident = as_resident(images, data.resolution, where)
+        if resident is not None:
+            # What a worker puts on a GPU, nobody else can have.
+            return resident, 0
+    return images, data.workers
 
 
 def make_trainer(recipe: Recipe, directory: RunDirectory, checkpoint: Path | None, **arguments: Any) -> Any:

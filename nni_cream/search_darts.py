@@ -49,19 +49,19 @@ def search_darts(recipe: DartsRecipe, directory: RunDirectory) -> Child:
         return ended
 
     pl.seed_everything(recipe.seed, verbose=False)
-    data, devices = recipe.data, recipe.device.devices
+    data = recipe.data
     splits = load_splits(data, recipe.seed)
     space = DartsSpace(splits.num_classes, **recipe.space.model_dump())
     arrange_in_memory(space, recipe.device)
     # As published, the images that α learns from vary like those of the weights.
     varied = LabelledImages(splits.architecture.images, splits.architecture.indices, splits.weights.transform)
-    weight_loader = make_training_loader(splits.weights, data, recipe.seed, devices=devices)
-    validation_loader = make_loader(splits.validation, data, devices=devices)
+    weight_loader = make_training_loader(splits.weights, data, recipe.seed, recipe.device)
+    validation_loader = make_loader(splits.validation, data, recipe.device)
     evaluator = Lightning(
         ImageClassifier(splits.num_classes, recipe.optimizer.timm_arguments(), recipe.schedule.timm_arguments()),
         make_trainer(recipe, directory, checkpoint := find_checkpoint(directory)),
         train_dataloaders=weight_loader,
-        val_dataloaders=make_training_loader(varied, data, recipe.seed, stream=1, devices=devices),
+        val_dataloaders=make_training_loader(varied, data, recipe.seed, recipe.device, stream=1),
         fit_kwargs={"ckpt_path": checkpoint},
     )
     settings = recipe.darts.model_dump()

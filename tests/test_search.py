@@ -18,7 +18,7 @@ from nni_cream.cost import Cost, measure, measure_network, measure_space
 from nni_cream.data import Augmentation, DataSplits, Fractions, LabelledImages, load_data
 from nni_cream.errors import UserError
 from nni_cream.models.cream import OPERATIONS, STAGES, STEM_CHANNELS, build_child
-from nni_cream.recipe import CreamRecipe, Data, Flops, load_recipe, parse_override, to_yaml
+from nni_cream.recipe import CreamRecipe, Data, Device, Flops, load_recipe, parse_override, to_yaml
 from nni_cream.reporting import Reporter
 from nni_cream.runs import RunDirectory
 from nni_cream.search import load_splits, make_loader, make_training_loader, refuse_unreachable, search_cream
@@ -147,10 +147,11 @@ class TestWhatASearchIsGiven:
         training, validation = strategy.evaluator.train_dataloaders, strategy.evaluator.val_dataloaders
         ranking = strategy.settings["ranking_dataloader"]
         loaders = (training, validation, ranking)
+        sources = [getattr(loader.dataset, "source", loader.dataset) for loader in loaders]
         parts = [splits.weights, splits.architecture, splits.validation]
-        assert [loader.dataset.indices.tolist() for loader in loaders] == [part.indices.tolist() for part in parts]
+        assert [source.indices.tolist() for source in sources] == [part.indices.tolist() for part in parts]
         assert len({len(part) for part in parts}) == 3
-        assert [str(loader.dataset.transform) for loader in loaders] == [str(part.transform) for part in parts]
+        assert [str(source.transform) for source in sources] == [str(part.transform) for part in parts]
         # Only training drops what is left over.
         assert [sum(len(labels) for _, labels in loader) for loader in loaders] == [
             len(splits.weights) // 48 * 48,
@@ -342,12 +343,12 @@ def images(number: int) -> LabelledImages:
 
 def loader_of(number: int, data: Data, *, training: bool = False, devices: int = 1) -> Any:
     if training:
-        return make_training_loader(images(number), data, seed=0, devices=devices)
-    return make_loader(images(number), data, devices=devices)
+        return make_training_loader(images(number), data, 0, Device(devices=devices))
+    return make_loader(images(number), data, Device(devices=devices))
 
 
 def batches(number: int, batch_size: int, **options: Any) -> list[list[int]]:
-    return [batch.tolist() for batch in loader_of(number, Data(batch_size=batch_size), **options)]
+    return [batch.tolist() for batch in loader_of(number, Data(batch_size=batch_size, resident=False), **options)]
 
 
 class TestBatches:
@@ -369,7 +370,7 @@ class TestBatches:
         assert batches(1, 8) == [[0]]
 
     def test_of_a_training_are_full_and_shuffled(self) -> None:
-        loader = make_training_loader(images(50), Data(batch_size=8), seed=0)
+        loader = make_training_loader(images(50), Data(batch_size=8, resident=False), 0, Device())
         epochs = [[batch.tolist() for batch in loader] for _ in range(2)]
         for found in epochs:
             assert [len(batch) for batch in found] == [8] * 6
@@ -381,7 +382,7 @@ class TestBatches:
     def test_of_a_training_need_as_many_images(self) -> None:
         assert sorted(batches(8, 8, training=True)[0]) == list(range(8))
         with pytest.raises(UserError) as caught:
-            make_training_loader(images(7), Data(batch_size=8), seed=0)
+            make_training_loader(images(7), Data(batch_size=8, resident=False), 0, Device())
         assert str(caught.value) == ("data.batch_size is 8, but there are 7 images to train on: make it at most that.")
 
     @pytest.mark.parametrize("training", [True, False])
@@ -405,7 +406,7 @@ class TestBatches:
     @pytest.mark.parametrize("training", [True, False])
     @pytest.mark.parametrize("workers", [0, 2])
     def test_are_loaded_by_workers_that_stay(self, training: bool, workers: int) -> None:
-        loader = loader_of(8, Data(batch_size=4, workers=workers), training=training)
+        loader = loader_of(8, Data(batch_size=4, workers=workers, resident=False), training=training)
         assert (loader.num_workers, loader.persistent_workers) == (workers, workers > 0)
 
 

@@ -18,7 +18,7 @@ from pytorch_lightning.loggers import TensorBoardLogger
 
 from nni_cream.checkpoints import LastTwo
 from nni_cream.data import Augmentation, load_data
-from nni_cream.recipe import Data
+from nni_cream.recipe import Data, Device
 from nni_cream.runs import RunDirectory
 from nni_cream.search import make_loader, make_training_loader
 from nni_cream.strategies import CreamStrategy
@@ -52,7 +52,7 @@ class Samples(pl.Callback):
 def test_a_long_search_does_not_grow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tests.distributed_worker.CLASSES", 10)
     splits = load_data("digits", resolution=16, augmentation=Augmentation(hflip=0.5, re_prob=0.2))
-    training = make_training_loader(splits.weights, DATA, seed=1)
+    training = make_training_loader(splits.weights, DATA, 1, Device(accelerator="cpu"))
     samples = Samples()
     trainer = Trainer(
         accelerator="cpu",
@@ -67,7 +67,7 @@ def test_a_long_search_does_not_grow(tmp_path: Path, monkeypatch: pytest.MonkeyP
         ImageClassifier(10, SGD, SCHEDULE),
         trainer,
         train_dataloaders=training,
-        val_dataloaders=make_loader(splits.architecture, DATA),
+        val_dataloaders=make_loader(splits.architecture, DATA, Device(accelerator="cpu")),
     )
     torch.manual_seed(0)
     strategy = CreamStrategy(board_images=4, warmup_epochs=1, board_size=3, meta_interval=5, recalibration_batches=2)

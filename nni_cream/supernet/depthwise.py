@@ -257,9 +257,10 @@ def convolve(features: Tensor, weight: Tensor, stride: Pair, padding: Pair, dila
 
     Under autocast in its precision, as torch's own convolutions.
     """
-    if torch.is_autocast_enabled(features.device.type):
+    kind = features.device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
         # Here, so that what is kept for the derivatives is of one type.
-        dtype = torch.get_autocast_dtype(features.device.type)
+        dtype = torch.get_autocast_dtype(kind)
         features, weight = features.to(dtype), weight.to(dtype)
     height, width, kernel = *features.shape[2:], weight.shape[2:]
     geometry = Geometry(stride, padding, dilation, (height, width), (kernel[0], kernel[1]))
