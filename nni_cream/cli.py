@@ -9,21 +9,37 @@ import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from nni_cream import interruption
 from nni_cream.errors import TrainingError, UserError
 from nni_cream.ranks import is_first
 from nni_cream.recipe import Recipe, parse_override, to_yaml
 from nni_cream.runs import RunDirectory
+from nni_cream.trouble import sentence_of
 
 # What NNI's tuner has chosen, for the further processes of a trial.
 _TOLD = "NNI_CREAM_TOLD_BY_TUNER"
 
 
+class Parser(argparse.ArgumentParser):
+    """A parser whose complaints are sentences like all others, and which takes no option by its beginning."""
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(allow_abbrev=False, **arguments)
+
+    def error(self, message: str) -> NoReturn:
+        """Refuse the command line.
+
+        Raises:
+            UserError: always.
+        """
+        raise UserError(f"On the command line: {message} (--help lists the options).")
+
+
 def make_settings_parser(description: str | None, recipe: Path | None) -> argparse.ArgumentParser:
     """Return a parser with the options that every command has; without a ``recipe`` the command chooses one itself."""
-    parser = argparse.ArgumentParser(description=(description or "").partition("\n")[0])
+    parser = Parser(description=(description or "").partition("\n")[0])
     parser.add_argument(
         "--recipe", type=Path, default=recipe, help=f"settings, a YAML file (default: {recipe or 'by the child'})"
     )
@@ -105,7 +121,8 @@ def tuner_parameters() -> dict[str, Any]:
 def run(main: Callable[[], None]) -> None:
     """Call ``main`` and exit.
 
-    With one sentence on stderr, and 2 if the user asked for something that cannot be, 1 if the training has failed;
+    With one sentence on stderr, and 2 if the user asked for something that cannot be, 1 if the training has failed or
+    the machine has run out of something;
     when interrupted, by the signal itself, from which NNI and shells know that nothing has failed. Of the several
     processes of a run only the first prints.
     """
@@ -122,6 +139,12 @@ def run(main: Callable[[], None]) -> None:
         sentence = str(error).rpartition(f"{UserError.__module__}.{UserError.__qualname__}: ")[2].strip()
         print(f"error: {sentence}", file=sys.stderr)
         sys.exit(2)
+    except (OSError, RuntimeError, MemoryError) as error:
+        trouble = sentence_of(error)
+        if trouble is None:
+            raise
+        print(f"error: {trouble}", file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt:
         _end_by(interruption.received() or signal.SIGINT)
     except SystemExit as error:

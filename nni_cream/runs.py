@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
@@ -32,8 +33,15 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
+    except OSError as error:
+        # A write that fails, unlike an opening, does not say of which file.
+        if error.filename is None and error.errno is not None:
+            error.filename = str(path)
+        raise
     finally:
-        temporary.unlink(missing_ok=True)
+        # Where the folder cannot be written any more, that is what is to be heard of.
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -125,6 +133,9 @@ class RunDirectory:
         """
         file = self.path / "recipe.yml"
         try:
+            nearest = next(folder for folder in (self.path, *self.path.absolute().parents) if folder.exists())
+            if not nearest.is_dir():
+                raise UserError(f"{nearest} is not a folder, so that {self.path} cannot be a run directory.")
             if file.exists() and file.read_bytes() != recipe.encode():
                 raise UserError(
                     f"{self.path} holds a run of another recipe (see {file}); choose another folder with --name, or "

@@ -50,6 +50,9 @@ def build(child: Child) -> nn.Module:
     return build_network(str(child.architecture), child.num_classes, size)
 
 
+AGAIN = "copy the child.json once more that the search has made."
+
+
 def small_network(width: int = 3) -> nn.Sequential:
     return nn.Sequential(nn.Linear(2, width), nn.BatchNorm1d(width))
 
@@ -157,33 +160,38 @@ class TestWrongChild:
     @pytest.mark.parametrize("value", ["nni_cream.child/2", None, ["nni_cream.child/1"]])
     def test_format(self, saved: Path, value: Any) -> None:
         change(saved, format=value)
-        assert "its 'format' should be 'nni_cream.child/1'" in refusal(saved)
+        assert f"its 'format' is {value!r}, but should be 'nni_cream.child/1'" in refusal(saved)
 
     @pytest.mark.parametrize("key", ["num_classes", "accuracy", "flops", "params", "data", "search"])
     def test_missing_field(self, saved: Path, key: str) -> None:
         content = json.loads(saved.read_text())
         del content[key]
         saved.write_text(json.dumps(content))
-        assert refusal(saved) == f"{saved} is not a complete child of a search: {key!r} is missing."
+        assert refusal(saved) == f"{saved} is not a child of a search: {key!r} is missing; {AGAIN}"
 
     def test_without_an_architecture_or_with_two(self, saved: Path) -> None:
-        expected = f"{saved} is not a child of a search: it should have either 'path' or 'genotype'."
+        expected = f"{saved} is not a child of a search: it should have either 'path' or 'genotype', and has "
         change(saved, genotype=GENOTYPE.to_json())
-        assert refusal(saved) == expected
+        assert refusal(saved) == f"{expected}both; {AGAIN}"
         content = json.loads(saved.read_text())
         del content["path"], content["genotype"]
         saved.write_text(json.dumps(content))
-        assert refusal(saved) == expected
+        assert refusal(saved) == f"{expected}neither; {AGAIN}"
 
     def test_surplus_field(self, saved: Path) -> None:
         change(saved, colour="blue")
-        assert refusal(saved) == f"{saved} is not a child of a search: 'colour' is not part of one."
+        assert refusal(saved) == f"{saved} is not a child of a search: 'colour' is not part of one; {AGAIN}"
 
     @pytest.mark.parametrize(
         ("key", "value"),
         [
             ("num_classes", "7"),
+            ("num_classes", True),
+            ("num_classes", 0),
             ("accuracy", None),
+            ("accuracy", float("nan")),
+            ("accuracy", 1.5),
+            ("flops", -1),
             ("flops", 1.5),
             ("params", [1]),
             ("data", ["name"]),
@@ -277,7 +285,7 @@ class TestWrongWeights:
     def test_of_another_network(self, saved: Path) -> None:
         network = nn.Sequential(nn.Linear(2, 3))
         message = self.refusal(network, saved)
-        assert "5 entries are only in one of them, such as '1.bias' of the file." in message
+        assert "5 entries are only in one of them, such as '1.bias' of the file; give the file of this" in message
 
 
 class TestBuiltNetwork:
