@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
@@ -122,13 +123,13 @@ def run(main: Callable[[], None]) -> None:
     """Call ``main`` and exit.
 
     With one sentence on stderr, and 2 if the user asked for something that cannot be, 1 if the training has failed or
-    the machine has run out of something;
-    when interrupted, by the signal itself, from which NNI and shells know that nothing has failed. Of the several
-    processes of a run only the first prints.
+    the machine has run out of something; when interrupted, by the signal itself, from which NNI and shells know that
+    nothing has failed. Of the several processes of a run only the first prints.
     """
     if not is_first():
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     undo = interruption.install()
+    threading.excepthook = _leave_trouble_to_the_main_thread
     try:
         main()
     except TrainingError as error:
@@ -139,10 +140,12 @@ def run(main: Callable[[], None]) -> None:
         sentence = str(error).rpartition(f"{UserError.__module__}.{UserError.__qualname__}: ")[2].strip()
         print(f"error: {sentence}", file=sys.stderr)
         sys.exit(2)
-    except (OSError, RuntimeError, MemoryError) as error:
+    except Exception as error:
         trouble = sentence_of(error)
         if trouble is None:
             raise
+        # What was half built complains once more when it is collected, as torch's data loader does.
+        sys.unraisablehook = lambda _: None
         print(f"error: {trouble}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
@@ -155,6 +158,12 @@ def run(main: Callable[[], None]) -> None:
         raise
     finally:
         undo()
+
+
+def _leave_trouble_to_the_main_thread(ended: threading.ExceptHookArgs) -> None:
+    # TensorBoard writes in a thread, and raises what ended that in the main thread again.
+    if ended.exc_value is None or sentence_of(ended.exc_value) is None:
+        threading.__excepthook__(ended)
 
 
 def _end_by(number: int) -> None:

@@ -34,9 +34,10 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
             os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:
-        # A write that fails, unlike an opening, does not say of which file.
-        if error.filename is None and error.errno is not None:
-            error.filename = str(path)
+        # A write that fails, unlike an opening, does not say of which file, and the temporary one nobody knows.
+        named = str(error.filename2 or error.filename or temporary)
+        if error.errno is not None and named.endswith(temporary.name):
+            error.filename, error.filename2 = str(path), None
         raise
     finally:
         # Where the folder cannot be written any more, that is what is to be heard of.

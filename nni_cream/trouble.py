@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import re
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Final
@@ -33,19 +34,31 @@ def named_batch(batch_size: int, devices: int = 1) -> Iterator[None]:
     """
     try:
         yield
-    except (RuntimeError, MemoryError) as error:
-        if not _lacks_memory(error):
+    except Exception as raised:
+        error = next((cause for cause in _causes(raised) if _lacks_memory(cause)), None)
+        if error is None:
             raise
         half = batch_size // 2 // devices * devices
         # It is another recipe, and so another run.
         advice = f"try --set data.batch_size={half} --name …" if half >= 2 else "a smaller network is needed"
         raise TrainingError(
             f"There is not enough memory for a step with data.batch_size {batch_size} ({_first_line(error)}); {advice}."
-        ) from error
+        ) from raised
 
 
 def sentence_of(error: BaseException) -> str | None:
-    """Return what has happened to the machine, and how to go on; None if ``error`` is not of that kind."""
+    """Return what has happened to the machine, and how to go on; None if ``error`` has no cause of that kind."""
+    return next((sentence for cause in _causes(error) if (sentence := _sentence(cause)) is not None), None)
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """Yield ``error``, and what it was raised from or while handling: Lightning's tidying up can fail as well."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _sentence(error: BaseException) -> str | None:
     text = _first_line(error)
     if _lacks_memory(error):
         return f"There is not enough memory: {text}."
@@ -60,7 +73,8 @@ def sentence_of(error: BaseException) -> str | None:
             "run with fewer of them: --set data.workers=… --name …."
         )
     if isinstance(error, OSError) and error.errno in _OF_THE_MACHINE:
-        place = error.filename or "a file of this run"
+        # Of a copy, the second name is where it goes.
+        place = error.filename2 or error.filename or "A file of the run directory"
         if isinstance(place, bytes):
             place = place.decode(errors="replace")
         remedy = f"make room, and {_GOES_ON}" if error.errno in _FULL else f"once that is mended, {_GOES_ON}"
@@ -75,14 +89,19 @@ def _lacks_memory(error: BaseException) -> bool:
         isinstance(error, RuntimeError)
         and (
             type(error).__name__ == "OutOfMemoryError"
-            or re.search(r"DefaultCPUAllocator|not enough memory|[Cc]annot allocate memory", str(error)) is not None
+            or re.search(r"DefaultCPUAllocator|not enough memory|[Cc]annot allocate memory|bad_alloc", str(error))
+            is not None
         )
     )
 
 
 def _lacks_shared_memory(error: BaseException) -> bool:
-    return (
-        re.search(r"shared memory|file </torch_|shm_open|Bus error|/dev/shm|torch_shm_manager", str(error)) is not None
+    if re.search(r"shared memory|file </torch_|shm_open|Bus error|/dev/shm|torch_shm_manager", str(error)):
+        return True
+    # Semaphores lie there as well, and the error of one says nothing.
+    frames = traceback.walk_tb(error.__traceback__)
+    return isinstance(error, OSError) and any(
+        frame.f_globals.get("__name__") == "multiprocessing.synchronize" for frame, _ in frames
     )
 
 

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,13 @@ def _without_nni(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in list(os.environ):
         if name.startswith("NNI_"):
             monkeypatch.delenv(name)
+
+
+@pytest.fixture(autouse=True)
+def _hooks_of_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A command may replace them, since its process ends with it."""
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
+    monkeypatch.setattr(threading, "excepthook", threading.excepthook)
 
 
 def tuner_sends(monkeypatch: pytest.MonkeyPatch, parameters: Any) -> None:

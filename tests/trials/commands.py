@@ -7,6 +7,7 @@ import importlib.util
 import io
 import os
 import sys
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -78,6 +79,7 @@ def call(name: str, *arguments: object, folder: Path) -> Ended:
     try:
         with (
             mock.patch.object(sys, "argv", [f"{name}.py", *map(str, arguments)]),
+            mock.patch.object(threading, "excepthook", threading.excepthook),
             mock.patch.object(pl.Trainer, "fit", _begin),
             mock.patch.object(pl.Trainer, "test", _begin),
             mock.patch.object(_SubprocessScriptLauncher, "_call_children_scripts", _begin),
