@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -149,6 +150,18 @@ class TestRoundTrip:
         with pytest.raises(KeyboardInterrupt):
             make_child().save(tmp_path / "child.json", small_network())
         assert not (tmp_path / "child.json").exists()
+
+    def test_a_full_disk_is_named_and_leaves_the_old_files(self, saved: Path) -> None:
+        before = {path: path.read_bytes() for path in saved.parent.iterdir()}
+        _, hard = limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+        try:
+            with pytest.raises(OSError, match="File too large") as caught:
+                make_child(num_classes=9).save(saved, nn.Linear(100, 100))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert caught.value.filename == str(saved.with_suffix(".safetensors"))
+        assert {path: path.read_bytes() for path in saved.parent.iterdir()} == before
 
     def test_other_classes_change_the_classifier_only(self) -> None:
         seven, two = (build_network(str(PATH), number, {}).state_dict() for number in (7, 2))
