@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import difflib
 import json
-import os
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -284,8 +282,7 @@ def save_network(
         data: settings of the data that they are classes of (``name``, ``folder``, ``resolution``, …).
         size: as of :func:`build_network`.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     weights = {name: tensor.detach().contiguous().clone() for name, tensor in network.state_dict().items()}
     notes = {
@@ -296,17 +293,9 @@ def save_network(
     }
     if size:
         notes["size"] = json.dumps(size)
-
-    def write(temporary: Path) -> None:
-        try:
-            save_file(weights, temporary, metadata=notes)
-        except SafetensorError as error:
-            number = re.search(r"os error (\d+)", str(error))
-            if number is None:
-                raise
-            raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
-
-    write_atomically(file, write)
+    # Not save_file: what it makes nobody but its owner may read, and a full disk is no OSError of it.
+    content = save(weights, metadata=notes)
+    write_atomically(file, lambda temporary: temporary.write_bytes(content))
 
 
 def read_network(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from nni_cream.errors import UserError
@@ -15,11 +14,7 @@ def resolved(folder: Path) -> Path:
         UserError: if no file system has such a name.
     """
     try:
-        # What Linux is given are bytes without a zero; resolve() would pass others on as its own ValueError.
-        if b"\0" not in os.fsencode(folder):
-            return folder.expanduser().resolve()
-        reason = "it holds a zero byte"
-    # A home of nobody, characters that are none, links in a circle.
-    except (RuntimeError, ValueError, OSError) as error:
-        reason = str(error)
-    raise UserError(f"The folder {str(folder)!r} cannot be: {reason.rstrip('.')}.")
+        return folder.expanduser().resolve()
+    # A home of nobody, links in a circle; a zero byte or characters that are none, which no path has.
+    except (RuntimeError, OSError, ValueError) as error:
+        raise UserError(f"The folder {str(folder)!r} cannot be: {str(error).rstrip('.')}.") from None

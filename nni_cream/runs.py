@@ -20,7 +20,7 @@ RUNS: Final = Path("runs")
 PACKAGES: Final = ("nni", "torch", "torchvision", "timm", "pytorch-lightning", "torchmetrics", "numpy", "pydantic")
 
 
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Let ``write`` make a temporary file, flush it to disk, and only then give it its name.
 
     Whoever reads ``path`` sees the old content or the new, never a part.

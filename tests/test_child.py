@@ -140,6 +140,8 @@ class TestRoundTrip:
 
     def test_leaves_nothing_but_the_two_files(self, saved: Path) -> None:
         assert {path.name for path in saved.parent.iterdir()} == {"child.json", "child.safetensors"}
+        # Whoever may read the one may read the other.
+        assert len({path.stat().st_mode for path in saved.parent.iterdir()}) == 1
 
     def test_there_is_no_child_without_its_weights(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         def fail(*_: Any) -> None:
