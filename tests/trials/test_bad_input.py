@@ -158,7 +158,6 @@ SETTINGS = {
         "darts.gradient_clip": NUMBERS | st.just(0),
         "darts.stop_above_skips": NUMBERS | FRACTIONS,
         "darts.eigenvalue": WORDS | st.just(True),
-        "device.precision": WORDS | st.just("16-mixed"),
     },
     "retrain_child": {
         **COMMON,
@@ -453,7 +452,9 @@ def test_command_lines(place: Path, name: str) -> None:
             recipe = place / "recipe.yml"
             recipe.write_text(yaml.safe_dump(base(name)), encoding="utf-8")
             given = [] if "--recipe" in line else ["--recipe", recipe]
-        refused(place, name, *given, *line)
+        sentence = refused(place, name, *given, *line)
+        # Of an option, that it is this one.
+        assert "--port" in sentence or "--port" not in line
 
 
 # --- Files: a child, weights, a checkpoint of another program, each with a damage. ---
