@@ -38,7 +38,7 @@ import os, resource, runpy, sys
 sys.path.insert(0, {repository!r})
 import nni_cream
 from nni_cream.checkpoints import LastTwo
-from nni_cream.data import LabelledImages
+from nni_cream._data_sources import Images
 ended = LastTwo.on_train_epoch_end
 {happening}
 sys.argv = sys.argv[1:]
@@ -172,12 +172,12 @@ class TestWorkers:
     def test_one_that_is_killed(self, tmp_path: Path) -> None:
         killed = """
 from torch.utils.data import get_worker_info
-read = LabelledImages.__getitem__
-def deadly(self, position):
+read = Images.rgb
+def deadly(self, index):
     if get_worker_info() is not None and os.path.exists("run/checkpoints/last.ckpt"):
         os.kill(os.getpid(), 9)
-    return read(self, position)
-LabelledImages.__getitem__ = deadly
+    return read(self, index)
+Images.rgb = deadly
 """
         # Each epoch has its own workers, so that the next one's see the checkpoint.
         sentence = trouble(start(tmp_path, "--output", "run", "--set", "data.workers=1", happening=killed))
@@ -199,11 +199,11 @@ LabelledImages.__getitem__ = deadly
             )
         else:
             limited = """
-read = LabelledImages.__getitem__
-def narrow(self, position):
+read = Images.rgb
+def narrow(self, index):
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
-    return read(self, position)
-LabelledImages.__getitem__ = narrow
+    return read(self, index)
+Images.rgb = narrow
 """
             done = start(tmp_path, "--output", "run", "--set", "data.workers=1", happening=limited)
         sentence = trouble(done)
