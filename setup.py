@@ -11,7 +11,7 @@ VERSION = re.search(r'__version__ = "([^"]+)"', (HERE / "nni_cream" / "__init__.
 if VERSION is None:
     raise RuntimeError("nni_cream/__init__.py does not say __version__")
 
-TEST = ["pytest>=8", "pytest-xdist>=3.6", "playwright>=1.50", "psutil>=5.9"]
+TEST = ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "playwright>=1.50", "psutil>=5.9"]
 
 setup(
     name="nni_cream",

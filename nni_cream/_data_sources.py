@@ -19,7 +19,10 @@ from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
 from nni_cream.data_names import DATA_SETS, Augmentation
 from nni_cream.errors import UserError
+from nni_cream.folders import resolved
 
+# Formats whose 16-bit grey Pillow may open as 32-bit integers.
+_SIXTEEN_BITS: Final = ("PNG", "PPM")
 _ELPV_LICENCE: Final = "CC BY-NC-SA 4.0, non-commercial use only"
 
 
@@ -39,20 +42,28 @@ class Images:
         """The image at ``index`` in RGB.
 
         Raises:
-            UserError: Its file cannot be read, is no image, or has more than 8 bits per channel.
+            UserError: Its file cannot be read, is no image, or its values have no range that is known.
         """
         if isinstance(self.store, np.ndarray):
             return Image.fromarray(self.store[index]).convert("RGB")
         path = self.store[index]
         try:
             with Image.open(path) as image:
-                # Pillow would clip these at 255, which turns a 16-bit photograph white without a word.
-                if image.mode.startswith(("I", "F")):
-                    raise UserError(f"image {path} has more than 8 bits per channel; convert it to 8 bits first.")
+                if image.mode.startswith("I;16") or (image.mode == "I" and image.format in _SIXTEEN_BITS):
+                    # Pillow would clip at 255, which turns a photograph white. This is what it does with 16-bit colour.
+                    return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+                if image.mode in ("I", "F"):
+                    raise UserError(
+                        f"image {path} has 32 bits per channel, and nothing says which value is white; convert it to "
+                        "8 or 16 bits first."
+                    )
                 return image.convert("RGB")
-        # Pillow's decoders raise SyntaxError and ValueError as well as OSError for damaged files.
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise UserError(f"image {path} cannot be read: {error}.") from error
+        except UserError:
+            raise
+        # A damaged file can raise anything in Pillow's decoders.
+        except Exception as error:
+            reason = str(error).rstrip(".") or type(error).__name__
+            raise UserError(f"image {path} cannot be read: {reason}.") from error
 
 
 @dataclass(frozen=True, eq=False)
@@ -159,7 +170,7 @@ def _elpv() -> Source:
 
 def _cifar(name: str, folder: Path, download: bool) -> Source:
     dataset, mean, std = _FROM_TORCHVISION[name]
-    root = folder.expanduser().resolve()
+    root = resolved(folder)
     try:
         train, test = (dataset(str(root), train=train, download=download) for train in (True, False))
     except (OSError, RuntimeError) as error:
@@ -239,7 +250,7 @@ def _listed(root: Path, expected: tuple[str, ...] | None = None) -> Images:
 
 
 def _existing(folder: Path) -> Path:
-    root = folder.expanduser().resolve()
+    root = resolved(folder)
     if not root.is_dir():
         raise UserError(f"data.folder {root} {'is not a folder' if root.exists() else 'does not exist'}.")
     return root

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -29,16 +29,18 @@ PUBLISHED_FALLBACK: Final = "cream_14"
 # The key under which a child file has its architecture.
 _KEYS: Final[dict[type[CreamPath] | type[Genotype], str]] = {CreamPath: "path", Genotype: "genotype"}
 
-_TYPES: Final[dict[str, type | tuple[type, ...]]] = {
-    "space": dict,
-    "num_classes": int,
-    "accuracy": (int, float),
-    "flops": int,
-    "params": int,
-    "data": dict,
-    "search": dict,
-    "runners_up": list,
+# Of each field, what it has to be.
+_FIELDS: Final[dict[str, tuple[Callable[[Any], bool], str]]] = {
+    "num_classes": (lambda value: type(value) is int and value >= 1, "a whole number above 0"),
+    "accuracy": (lambda value: type(value) in (int, float) and 0 <= value <= 1, "a number from 0 to 1"),
+    "flops": (lambda value: type(value) is int and value >= 0, "a whole number"),
+    "params": (lambda value: type(value) is int and value >= 0, "a whole number"),
+    "data": (lambda value: isinstance(value, dict), "a group of data settings"),
+    "search": (lambda value: isinstance(value, dict), "a group with the search's name and seed"),
+    "runners_up": (lambda value: isinstance(value, list), "a list"),
+    "space": (lambda value: isinstance(value, dict), "a group of the space's arguments"),
 }
+_SHOWN_CHARACTERS: Final = 100
 
 
 @dataclass(frozen=True)
@@ -109,32 +111,52 @@ class Child:
         Raises:
             UserError: if it is not one.
         """
-        content = read_json(file, "child of a search")
-        if not isinstance(content, dict) or content.pop("format", None) != FORMAT:
-            raise UserError(f"{file} is not a child of a search: its 'format' should be {FORMAT!r}.")
+        try:
+            return cls._of(read_json(file, "child of a search"))
+        except _NoChild as error:
+            raise UserError(
+                f"{file} is not a child of a search: {error}; copy the child.json once more that the search has made."
+            ) from None
+
+    @classmethod
+    def _of(cls, content: Any) -> Child:
+        if not isinstance(content, dict):
+            raise _NoChild(f"it holds a {type(content).__name__} instead of a group of fields")
+        if (form := content.pop("format", None)) != FORMAT:
+            raise _NoChild(f"its 'format' is {_shown(form)}, but should be {FORMAT!r}")
         content.setdefault("runners_up", [])
         content.setdefault("space", {})
         found = [(kind, key) for kind, key in _KEYS.items() if key in content]
         if len(found) != 1:
-            raise UserError(f"{file} is not a child of a search: it should have either 'path' or 'genotype'.")
+            raise _NoChild(f"it should have either 'path' or 'genotype', and has {'both' if found else 'neither'}")
         ((kind, key),) = found
         architecture = content.pop(key)
         if kind is Genotype and not content["space"]:
-            raise UserError(f"{file} is not a complete child of a search: 'space' is missing.")
+            raise _NoChild("'space' is missing, which a genotype needs")
         known = [item.name for item in fields(cls) if item.name != "architecture"]
         for name in [*known, *content]:
             if name not in content:
-                raise UserError(f"{file} is not a complete child of a search: {name!r} is missing.")
+                raise _NoChild(f"{name!r} is missing")
             if name not in known:
-                raise UserError(f"{file} is not a child of a search: {name!r} is not part of one.")
-            if name in _TYPES and not isinstance(content[name], _TYPES[name]):
-                raise UserError(f"{file} is not a child of a search: {name!r} cannot be {content[name]!r}.")
+                raise _NoChild(f"{name!r} is not part of one")
+            fits, expected = _FIELDS[name]
+            if not fits(content[name]):
+                raise _NoChild(f"{name!r} is {_shown(content[name])}, but should be {expected}")
         try:
             return cls(architecture=kind.of(architecture), **content)
         except TypeError:
-            raise UserError(f"{file} is not a child of a search: {key!r} should be a list of lists.") from None
+            raise _NoChild(f"{key!r} is {_shown(architecture)}, but should be a list of lists") from None
         except UserError as error:
-            raise UserError(f"{file} is not a child of a search: {error}") from None
+            raise _NoChild(str(error).rstrip(".")) from None
+
+
+class _NoChild(Exception):
+    """Says in half a sentence why a file is not a child."""
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]}…"
 
 
 @dataclass(frozen=True)
@@ -195,8 +217,10 @@ def build_network(
             CreamPath.parse(architecture), num_classes=num_classes, drop_rate=drop_rate, drop_path_rate=drop_path_rate
         )
     if not architecture.startswith("Genotype("):
+        # Not every network of timm's can drop something.
+        rates = {"drop_rate": drop_rate, "drop_path_rate": drop_path_rate}
         network: nn.Module = create_timm_model(
-            architecture, num_classes=num_classes, drop_rate=drop_rate, drop_path_rate=drop_path_rate
+            architecture, num_classes=num_classes, **{name: rate for name, rate in rates.items() if rate > 0}
         )
         return network
     genotype = Genotype.parse(architecture)
@@ -225,7 +249,7 @@ def create_timm_model(name: str, **arguments: Any) -> Any:
     """Build a network of timm's.
 
     Raises:
-        UserError: if timm has none of that name.
+        UserError: if timm has none of that name, or it has no such argument.
     """
     import timm
 
@@ -233,8 +257,8 @@ def create_timm_model(name: str, **arguments: Any) -> Any:
         # Asked first, because timm would fetch what a name such as hf-hub:… stands for.
         if timm.is_model(name):
             return timm.create_model(name, **arguments)
-    except RuntimeError as error:
-        raise UserError(f"timm cannot build {name!r}: {error}") from None
+    except (RuntimeError, TypeError) as error:
+        raise UserError(f"timm cannot build {name!r}: {str(error).rstrip('.')}.") from None
     near = difflib.get_close_matches(name, timm.list_models(), n=1, cutoff=0)[0]
     raise UserError(f"timm has no network {name!r}; did you mean {near!r}?")
 
@@ -258,7 +282,7 @@ def save_network(
         data: settings of the data that they are classes of (``name``, ``folder``, ``resolution``, …).
         size: as of :func:`build_network`.
     """
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     weights = {name: tensor.detach().contiguous().clone() for name, tensor in network.state_dict().items()}
     notes = {
@@ -269,7 +293,9 @@ def save_network(
     }
     if size:
         notes["size"] = json.dumps(size)
-    write_atomically(file, lambda temporary: save_file(weights, temporary, metadata=notes))
+    # Not save_file: what it makes nobody but its owner may read, and a full disk is no OSError of it.
+    content = save(weights, metadata=notes)
+    write_atomically(file, lambda temporary: temporary.write_bytes(content))
 
 
 def read_network(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -285,7 +311,10 @@ def read_network(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             names = content.keys()
             return {name: content.get_tensor(name) for name in names}, content.metadata() or {}
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{file} is not a safetensors file: {error}.") from None
+        raise UserError(
+            f"{file} is not a safetensors file: {str(error).rstrip('.')}; it is damaged or of another kind, so copy it "
+            "once more."
+        ) from None
 
 
 def load_weights(network: nn.Module, file: Path) -> None:
@@ -307,7 +336,7 @@ def weights_beside(file: Path) -> Path:
     """
     weights_file = file.with_suffix(".safetensors")
     if not weights_file.exists():
-        raise UserError(f"There are no weights {weights_file} beside {file}.")
+        raise UserError(f"There are no weights {weights_file} beside {file}; copy both from the search.")
     return weights_file
 
 
@@ -327,13 +356,15 @@ def fit_weights(network: nn.Module, weights: Mapping[str, Any], file: Path, name
     if odd := sorted(weights.keys() ^ expected.keys()):
         holder = "the file" if odd[0] in weights else "the network"
         raise UserError(
-            f"{file} does not fit {name}: {len(odd)} entries are only in one of them, such as {odd[0]!r} of {holder}."
+            f"{file} does not fit {name}: {len(odd)} entries are only in one of them, such as {odd[0]!r} of {holder}; "
+            "give the file of this network, or the network of this file."
         )
     for key, value in weights.items():
         shape = getattr(value, "shape", None)
         if shape != expected[key].shape:
             found = f"is a {type(value).__name__}" if shape is None else f"has shape {list(shape)}"
             raise UserError(
-                f"{file} does not fit {name}: {key!r} {found}, but the network needs {list(expected[key].shape)}."
+                f"{file} does not fit {name}: {key!r} {found}, but the network needs {list(expected[key].shape)}; give "
+                "the file of this network, or the network of this file."
             )
     network.load_state_dict(weights)

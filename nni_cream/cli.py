@@ -7,23 +7,40 @@ import json
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from nni_cream import interruption
 from nni_cream.errors import TrainingError, UserError
 from nni_cream.ranks import is_first
 from nni_cream.recipe import Recipe, parse_override, to_yaml
 from nni_cream.runs import RunDirectory
+from nni_cream.trouble import sentence_of
 
 # What NNI's tuner has chosen, for the further processes of a trial.
 _TOLD = "NNI_CREAM_TOLD_BY_TUNER"
 
 
+class Parser(argparse.ArgumentParser):
+    """A parser whose complaints are sentences like all others, and which takes no option by its beginning."""
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(allow_abbrev=False, **arguments)
+
+    def error(self, message: str) -> NoReturn:
+        """Refuse the command line.
+
+        Raises:
+            UserError: always.
+        """
+        raise UserError(f"On the command line: {message} (--help lists the options).")
+
+
 def make_settings_parser(description: str | None, recipe: Path | None) -> argparse.ArgumentParser:
     """Return a parser with the options that every command has; without a ``recipe`` the command chooses one itself."""
-    parser = argparse.ArgumentParser(description=(description or "").partition("\n")[0])
+    parser = Parser(description=(description or "").partition("\n")[0])
     parser.add_argument(
         "--recipe", type=Path, default=recipe, help=f"settings, a YAML file (default: {recipe or 'by the child'})"
     )
@@ -105,13 +122,14 @@ def tuner_parameters() -> dict[str, Any]:
 def run(main: Callable[[], None]) -> None:
     """Call ``main`` and exit.
 
-    With one sentence on stderr, and 2 if the user asked for something that cannot be, 1 if the training has failed;
-    when interrupted, by the signal itself, from which NNI and shells know that nothing has failed. Of the several
-    processes of a run only the first prints.
+    With one sentence on stderr, and 2 if the user asked for something that cannot be, 1 if the training has failed or
+    the machine has run out of something; when interrupted, by the signal itself, from which NNI and shells know that
+    nothing has failed. Of the several processes of a run only the first prints.
     """
     if not is_first():
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     undo = interruption.install()
+    threading.excepthook = _leave_trouble_to_the_main_thread
     try:
         main()
     except TrainingError as error:
@@ -122,6 +140,14 @@ def run(main: Callable[[], None]) -> None:
         sentence = str(error).rpartition(f"{UserError.__module__}.{UserError.__qualname__}: ")[2].strip()
         print(f"error: {sentence}", file=sys.stderr)
         sys.exit(2)
+    except Exception as error:
+        trouble = sentence_of(error)
+        if trouble is None:
+            raise
+        # What was half built complains once more when it is collected, as torch's data loader does.
+        sys.unraisablehook = lambda _: None
+        print(f"error: {trouble}", file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt:
         _end_by(interruption.received() or signal.SIGINT)
     except SystemExit as error:
@@ -132,6 +158,12 @@ def run(main: Callable[[], None]) -> None:
         raise
     finally:
         undo()
+
+
+def _leave_trouble_to_the_main_thread(ended: threading.ExceptHookArgs) -> None:
+    # TensorBoard writes in a thread, and raises what ended that in the main thread again.
+    if ended.exc_value is None or sentence_of(ended.exc_value) is None:
+        threading.__excepthook__(ended)
 
 
 def _end_by(number: int) -> None:

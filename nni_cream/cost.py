@@ -54,11 +54,21 @@ def measure_network(network: nn.Module, resolution: int) -> Cost:
     """Count what ``network`` costs on one RGB image of ``resolution`` × ``resolution`` pixels.
 
     An auxiliary head, which serves training alone, does not count, as in the papers.
+
+    Raises:
+        UserError: if it cannot take such images.
     """
     on_meta: Any = copy.deepcopy(network).to("meta")
     if getattr(on_meta, "auxiliary_head", None) is not None:
         on_meta.auxiliary_head = None
-    return measure(on_meta, torch.empty(1, 3, resolution, resolution, device="meta"))
+    try:
+        return measure(on_meta, torch.empty(1, 3, resolution, resolution, device="meta"))
+    # What timm's networks raise for a size that is not theirs.
+    except (AssertionError, RuntimeError, ValueError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise UserError(
+            f"The network cannot take images of {resolution} pixels (data.resolution): {reason}."
+        ) from error
 
 
 @dataclass(frozen=True)

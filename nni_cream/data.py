@@ -12,6 +12,7 @@ the same data set has trained on, as long as its ``Fractions.test`` is no larger
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -320,6 +321,14 @@ def _check_augmentation(augmentation: Augmentation) -> None:
         )
     if augmentation.re_mode is not None and not augmentation.re_prob:
         raise UserError(f"augmentation.re_mode={augmentation.re_mode} has no effect while augmentation.re_prob is 0.")
+    policy, *sections = (augmentation.auto_augment or "").split("-")
+    for section in sections:
+        # timm passes over a section in which it finds no number.
+        if not re.fullmatch(r"[a-z]+[0-9].*", section):
+            raise UserError(
+                f"augmentation.auto_augment={augmentation.auto_augment!r} has the section {section!r}; a section of "
+                f"the policy {policy!r} is a word and a number, such as m9."
+            )
     if augmentation.color_jitter and augmentation.auto_augment and "3a" not in augmentation.auto_augment:
         raise UserError(
             f"augmentation.color_jitter={augmentation.color_jitter} has no effect beside "

@@ -99,7 +99,8 @@ def evaluate(recipe: EvaluationRecipe, file: Path, model: str | None = None, *, 
     if splits.num_classes != checkpoint.num_classes:
         raise UserError(
             f"{file} tells {checkpoint.num_classes} classes apart, but the data set {data.name!r} has "
-            f"{splits.num_classes}."
+            f"{splits.num_classes}: give the data that it was trained for (--set data.name=…, --set data.folder=…), or "
+            "train it for this one with trials/retrain_child.py."
         )
     images = splits.test
     if checkpoint.data is None:
@@ -163,9 +164,9 @@ def _ours(file: Path, weights: Mapping[str, Any], notes: Mapping[str, str], mode
         name, num_classes, data = notes["architecture"], int(notes["num_classes"]), dict(json.loads(notes["data"]))
         network = build_network(name, num_classes, dict(json.loads(notes.get("size", "{}"))))
     except UserError as error:
-        raise UserError(f"The notes in {file} are damaged: {error}") from None
+        raise UserError(f"The notes in {file} are damaged: {str(error).rstrip('.?')}; copy it once more.") from None
     except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"The notes in {file} are damaged: {error!r}.") from None
+        raise UserError(f"The notes in {file} are damaged: {error!r}; copy it once more.") from None
     if model not in (None, name):
         raise UserError(f"{file} holds the network {name}, not {model}; leave out --model.")
     fit_weights(network, weights, file, name)
@@ -185,7 +186,7 @@ def _foreign(file: Path, model: str, use_ema: bool) -> Checkpoint:
         found = ", ".join(map(repr, list(weights)[:3])) or "nothing"
         raise UserError(
             f"{file} does not fit {model}: it should have {key!r}, which tells the number of classes, but begins with "
-            f"{found}."
+            f"{found}; name the network that it is of with --model."
         )
     num_classes = len(weights[key])
     network = create_timm_model(model, num_classes=num_classes)
@@ -202,7 +203,7 @@ def _why_unreadable(error: Exception) -> str:
             f"besides tensors it holds {refused[1]}, and reading that could execute code; where you trust it, save its "
             "state_dict alone"
         )
-    return "it is damaged, or holds something else than a state_dict"
+    return "it is damaged, or holds something else than a state_dict; give the file as its authors publish it"
 
 
 def _foreign_data(given: EvaluationData, checkpoint: Checkpoint, file: Path) -> Data:

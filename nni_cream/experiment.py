@@ -9,7 +9,6 @@ epoch of every trial, in the end the best result, and it exits with 1 if no tria
 
 from __future__ import annotations
 
-import argparse
 import math
 import os
 import re
@@ -25,11 +24,13 @@ from typing import Any
 import requests
 from nni.experiment import Experiment
 
-from nni_cream.cli import run
+from nni_cream.cli import Parser, run
 from nni_cream.errors import UserError
+from nni_cream.recipe import read_yaml
 from nni_cream.runs import describe
 
 _FIRST_PORT = 8080
+_LAST_PORT = 65535
 _POLL_SECONDS = 2.0
 _ENDED = {"SUCCEEDED", "FAILED", "USER_CANCELED", "SYS_CANCELED", "EARLY_STOPPED"}
 _LOG_LINES = 20
@@ -38,12 +39,15 @@ _ANSWER_SECONDS = 20
 
 def main() -> None:
     """Start the experiment, follow it, and print its result."""
-    parser = argparse.ArgumentParser(description="Run an NNI experiment and wait for its result.")
+    parser = Parser(description="Run an NNI experiment and wait for its result.")
     parser.add_argument("config", type=Path, help="experiment YAML, such as experiments/cream.yml")
     parser.add_argument("--port", type=int, help=f"of the web UI (default: the first free one from {_FIRST_PORT})")
     arguments = parser.parse_args()
     if not arguments.config.is_file():
         raise UserError(f"There is no experiment {arguments.config}; those shipped are in experiments/.")
+    if arguments.port is not None and not 1 <= arguments.port < _LAST_PORT:
+        raise UserError(f"--port is {arguments.port}, but should be from 1 to {_LAST_PORT - 1}.")
+    _check_yaml(arguments.config)
     # Trials say `python`; without this they would not find the interpreter of an environment that is not activated.
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     port = arguments.port or _free_port()
@@ -53,6 +57,16 @@ def main() -> None:
     print(f"To look at the web UI again: nnictl view {identity}")
     if not succeeded:
         sys.exit(1)
+
+
+def _check_yaml(config: Path) -> None:
+    """Make sure that the file is a YAML mapping; NNI itself says what is wrong with its fields."""
+    try:
+        content = read_yaml(config.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"The experiment {config} is not valid YAML: {str(error).rstrip('.')}.") from None
+    if not isinstance(content, dict):
+        raise UserError(f"The experiment {config} should be a YAML mapping of NNI's fields, such as 'trialCommand: …'.")
 
 
 @contextmanager

@@ -47,11 +47,12 @@ class ProcessLock:
         if self._handle is not None:
             return None
         try:
-            with self.file.open("r+", encoding="utf-8") as handle:
-                fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # A shared lock, for which a file that cannot be written will do.
+            with self.file.open(encoding="utf-8") as handle:
+                fcntl.lockf(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except FileNotFoundError:
             return None
         except BlockingIOError:
-            text = self.file.read_text(encoding="utf-8").strip()
+            text = self.file.read_text(encoding="utf-8", errors="replace").strip()
             return int(text) if text.isdigit() else 0
         return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -46,11 +47,19 @@ class Mailbox:
         try:
             for file in self.waiting():
                 try:
-                    self._send(json.loads(file.read_text(encoding="utf-8")))
+                    message = json.loads(file.read_text(encoding="utf-8"))
+                except ValueError as error:
+                    aside = file.with_suffix(".damaged")
+                    file.replace(aside)
+                    print(f"{file} is no message to NNI ({error}); it is kept as {aside}.", file=sys.stderr)
+                    continue
+                try:
+                    self._send(message)
                 except OSError:
                     return False
                 file.unlink()
-            self.folder.rmdir()
+            if not any(self.folder.iterdir()):
+                self.folder.rmdir()
             return True
         finally:
             self._lock.release()

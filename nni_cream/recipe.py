@@ -16,8 +16,6 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
-    PositiveFloat,
-    PositiveInt,
     ValidationError,
     ValidationInfo,
     field_validator,
@@ -27,12 +25,18 @@ from pydantic import (
 from nni_cream.data_names import DATA_SETS
 from nni_cream.errors import UserError
 
+# What is counted or measured here never comes near the upper ends, beyond which torch and NumPy overflow.
+PositiveInt = Annotated[int, Field(gt=0, le=1_000_000)]
+PositiveFloat = Annotated[float, Field(gt=0, le=1e12)]
 Share = Annotated[float, Field(ge=0, le=1)]
-NotNegative = Annotated[float, Field(ge=0)]
+NotNegative = Annotated[float, Field(ge=0, le=1e12)]
 Pair = tuple[PositiveFloat, PositiveFloat]
-Resolution = Annotated[int, Field(ge=8)]
-BatchSize = Annotated[int, Field(ge=2)]
-Workers = Annotated[int, Field(ge=0)]
+Resolution = Annotated[int, Field(ge=8, le=8192)]
+BatchSize = Annotated[int, Field(ge=2, le=1_000_000)]
+Workers = Annotated[int, Field(ge=0, le=1024)]
+Pixels = Annotated[int, Field(gt=0, le=8192)]
+Channels = Annotated[int, Field(ge=2, le=4096, multiple_of=2)]
+Cells = Annotated[int, Field(ge=3, le=1000)]
 
 
 def _known_data_set(name: str) -> str:
@@ -76,8 +80,8 @@ class Augmentation(Settings):
     interpolation: Literal["bilinear", "bicubic", "random"] | None = None
     re_prob: Share | None = None
     re_mode: Literal["const", "rand", "pixel"] | None = None
-    crop_padding: PositiveInt | None = None
-    cutout: PositiveInt | None = None
+    crop_padding: Pixels | None = None
+    cutout: Pixels | None = None
 
 
 class Data(Settings):
@@ -170,7 +174,7 @@ def _inherited(given: dict[str, Any], inherited: dict[str, Any], origin: str) ->
     try:
         return Data.model_validate({**inherited, **given})
     except ValidationError as error:
-        raise UserError(f"The data settings of the {origin}: {_sentence(error, Data)}") from None
+        raise UserError(f"The data settings of the {origin}: {complaint(error, Data)}") from None
 
 
 class Optimizer(Settings):
@@ -319,9 +323,9 @@ class Cream(Settings):
 class DartsSpaceSettings(Settings):
     """Arguments of :class:`search_spaces.darts.DartsSpace`."""
 
-    channels: Annotated[int, Field(ge=2, multiple_of=2)] = 16
-    cells: Annotated[int, Field(ge=3)] = 8
-    nodes: PositiveInt = 4
+    channels: Channels = 16
+    cells: Cells = 8
+    nodes: Annotated[int, Field(gt=0, le=100)] = 4
     concat: PositiveInt | None = None
     operations: tuple[str, ...] = (
         "none",
@@ -364,8 +368,8 @@ class Darts(Settings):
 class DartsNetworkSettings(Settings):
     """Arguments of :class:`nni_cream.models.darts.DartsNetwork`: how large the network of a genotype becomes."""
 
-    channels: Annotated[int, Field(ge=2, multiple_of=2)] = 36
-    cells: Annotated[int, Field(ge=3)] = 20
+    channels: Channels = 36
+    cells: Cells = 20
     stem: Literal["cifar", "imagenet"] = "cifar"
     auxiliary: bool = False
 
@@ -378,7 +382,8 @@ class Recipe(Settings):
     out.
     """
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    # File systems take names of up to 255 bytes.
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=200)]
     # NumPy takes no larger seed.
     seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 0
     epochs: PositiveInt
@@ -512,6 +517,8 @@ class EvaluationRecipe(Settings):
         return self
 
 
+# Of a value that is not what it should be, what an error repeats.
+_SHOWN_CHARACTERS = 200
 # Where pydantic's own words are about Python.
 _EXPECTED = {"model_type": "be a group of settings", "path_type": "be a path", "tuple_type": "be a list"}
 
@@ -530,14 +537,13 @@ def load_recipe(kind: type[AnyRecipe], path: Path, overrides: Mapping[str, Any])
         UserError: if the file cannot be read, or a key or value is not what the recipe declares.
     """
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = read_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"There is no recipe {path}; those shipped are in experiments/recipes/.") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"The recipe {path} cannot be read: {error}.") from None
-    # PyYAML lets a ValueError through for what looks like a date and is none.
-    except (yaml.YAMLError, ValueError) as error:
-        raise UserError(f"The recipe {path} is not valid YAML: {' '.join(str(error).split())}.") from None
+    except ValueError as error:
+        raise UserError(f"The recipe {path} is not valid YAML: {error}.") from None
     if not isinstance(content, dict):
         raise UserError(f"The recipe {path} should be a YAML mapping of settings, such as 'epochs: 10'.")
     for key, value in overrides.items():
@@ -545,7 +551,7 @@ def load_recipe(kind: type[AnyRecipe], path: Path, overrides: Mapping[str, Any])
     try:
         return kind.model_validate(content)
     except ValidationError as error:
-        raise UserError(f"{path}: {_sentence(error, kind)}") from None
+        raise UserError(f"{path}: {complaint(error, kind)}") from None
 
 
 def parse_override(text: str) -> tuple[str, Any]:
@@ -558,9 +564,36 @@ def parse_override(text: str) -> tuple[str, Any]:
     if not separator or not key.strip():
         raise UserError(f"{text!r} sets nothing; write key=value, as in --set optimizer.lr=0.2.")
     try:
-        return key.strip(), yaml.safe_load(value)
-    except (yaml.YAMLError, ValueError):
-        raise UserError(f"The value in {text!r} is not valid YAML.") from None
+        return key.strip(), read_yaml(value)
+    except ValueError as error:
+        raise UserError(f"The value in {_shown(text)} is not valid YAML: {error}.") from None
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML without code, and without a key that stands twice in a mapping, of which PyYAML would take the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        lines: dict[str, int] = {}
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                line = key.start_mark.line + 1
+                if key.value in lines:
+                    raise ValueError(f"'{key.value}' stands in lines {lines[key.value]} and {line}; leave one out")
+                lines[key.value] = line
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(text: str) -> Any:
+    """Read YAML; nothing in it is executed.
+
+    Raises:
+        ValueError: if it is none, or names a key of a mapping twice; its text says where, on one line.
+    """
+    try:
+        return yaml.load(text, _Loader)
+    # Of thousands of brackets PyYAML makes a RecursionError.
+    except (yaml.YAMLError, RecursionError) as error:
+        raise ValueError(" ".join(str(error).split()).rstrip(".")) from None
 
 
 def dotted_keys(kind: type[BaseModel], prefix: str = "") -> list[str]:
@@ -598,8 +631,8 @@ def _unknown(key: str, known: Iterable[str]) -> str:
     return f"'{key}' is not a setting; did you mean '{max(known, key=likeness)}'?"
 
 
-def _sentence(error: ValidationError, kind: type[BaseModel]) -> str:
-    """Turn one of pydantic's complaints into a sentence."""
+def complaint(error: ValidationError, kind: type[BaseModel]) -> str:
+    """Turn one of pydantic's complaints about a ``kind`` into a sentence."""
     # An unknown key is the likelier mistake when a required one is missing too. Of the complaints about a union, the
     # one that goes deepest is about the member that was meant.
     first = min(error.errors(), key=lambda complaint: (complaint["type"] != "extra_forbidden", -len(complaint["loc"])))
@@ -620,9 +653,19 @@ def _sentence(error: ValidationError, kind: type[BaseModel]) -> str:
     if first["type"] == "value_error":
         return f"{key}: {message}." if key else f"{message}."
     if first["type"] == "invalid_key":
-        return f"the key {first['input']!r} should be text."
+        return f"the key {_shown(first['input'])} should be text."
     expected = _EXPECTED.get(first["type"]) or message.partition(" should ")[2] or f"not: {message}"
-    return f"'{key}' is {first['input']!r}, but should {expected}."
+    return f"'{key}' is {_shown(first['input'])}, but should {expected}."
+
+
+def _shown(value: Any) -> str:
+    """Write a value as a part of a sentence, shortened where it is long."""
+    try:
+        text = repr(value)
+    # Python refuses to write a number of thousands of digits.
+    except ValueError:
+        return "a number of thousands of digits"
+    return text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]}…"
 
 
 def to_yaml(recipe: Settings) -> str:

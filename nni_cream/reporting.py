@@ -127,10 +127,7 @@ class Reporter(TrialCommandChannel):
 
     def _write_line(self, metrics: dict[str, Any]) -> None:
         """Add the epoch to the table; one that is run again after an interruption replaces its first try."""
-        rows: list[dict[str, Any]] = []
-        if self._file.exists():
-            with self._file.open(newline="", encoding="utf-8") as file:
-                rows = [row for row in csv.DictReader(file) if int(row["epoch"]) < metrics["epoch"]]
+        rows = [row for row in self._read_lines() if int(row["epoch"]) < metrics["epoch"]]
         rows.append({name: json.dumps(v) if isinstance(v, list | dict) else v for name, v in metrics.items()})
         columns = list(dict.fromkeys(name for row in rows for name in row))
         table = io.StringIO()
@@ -138,6 +135,29 @@ class Reporter(TrialCommandChannel):
         writer.writeheader()
         writer.writerows(rows)
         write_text(self._file, table.getvalue())
+
+    def _read_lines(self) -> list[dict[str, Any]]:
+        """Return the table so far; one that is damaged is put aside."""
+        if not self._file.exists():
+            return []
+        try:
+            with self._file.open(newline="", encoding="utf-8") as file:
+                rows: list[dict[str, Any]] = list(csv.DictReader(file, strict=True))
+            for row in rows:
+                # A missing column is None, and surplus ones are found under the key None.
+                if None in row or None in row.values():
+                    raise ValueError(f"the line {list(row.values())} does not have as many values as there are columns")
+                int(row["epoch"])
+        except (csv.Error, ValueError, KeyError) as error:
+            aside = self._file.with_suffix(".damaged")
+            self._file.replace(aside)
+            print(
+                f"{self._file} is no table with a line for every epoch ({error}); it is kept as {aside}, and a new one "
+                "begins.",
+                file=sys.stderr,
+            )
+            return []
+        return rows
 
 
 def refuse_non_finite(metrics: Mapping[str, Any], when: str) -> None:

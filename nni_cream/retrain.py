@@ -8,6 +8,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import nn
 
 from nni_cream.checkpoints import find_checkpoint
@@ -17,11 +18,12 @@ from nni_cream.errors import UserError
 from nni_cream.genotype import Genotype
 from nni_cream.models.darts import DartsNetwork
 from nni_cream.ranks import is_first
-from nni_cream.recipe import RetrainRecipe, to_yaml
+from nni_cream.recipe import RetrainRecipe, complaint, to_yaml
 from nni_cream.reporting import Reporter, on_terminal
 from nni_cream.runs import RunDirectory, read_json, write_json
 from nni_cream.search import arrange_in_memory, load_splits, make_loader, make_trainer, make_training_loader
 from nni_cream.training import ImageClassifier
+from nni_cream.trouble import named_batch
 
 
 def retrain(recipe: RetrainRecipe, candidate: Candidate, directory: RunDirectory) -> float:
@@ -38,7 +40,7 @@ def retrain(recipe: RetrainRecipe, candidate: Candidate, directory: RunDirectory
     reporter = Reporter(directory.path, quiet=on_terminal())
     if result_file.exists():
         print(f"{directory.path} holds a training that has ended; choose another folder with --name for a new one.")
-        result = read_json(result_file, "result of a training")
+        result = _read_result(result_file)
         if is_first():
             # NNI starts a trial again whose end it has not seen.
             reporter.deliver()
@@ -46,16 +48,22 @@ def retrain(recipe: RetrainRecipe, candidate: Candidate, directory: RunDirectory
         return print_result(result)
 
     child = candidate.load(recipe.rank)
-    data = recipe.data.completed(child.data if child else {})
+    try:
+        data = recipe.data.completed(child.data if child else {})
+    except UserError as error:
+        raise UserError(f"{candidate.file}: {error}" if child else str(error)) from None
     pl.seed_everything(recipe.seed, verbose=False)
     splits = load_splits(data, recipe.seed)
     name = str(child.architecture) if child else candidate.name
     size: dict[str, Any] = {}
     if name.startswith("Genotype("):
         size = {"kind": "trained", **recipe.darts.model_dump()}
-    network = build_network(
-        name, splits.num_classes, size, drop_rate=recipe.drop_rate, drop_path_rate=recipe.drop_path_rate
-    )
+    try:
+        network = build_network(
+            name, splits.num_classes, size, drop_rate=recipe.drop_rate, drop_path_rate=recipe.drop_path_rate
+        )
+    except UserError as error:
+        raise UserError(f"{candidate.file}: {error}" if child else str(error)) from None
     if recipe.inherit_weights:
         _inherit(network, candidate.file, child, splits.num_classes, recipe.rank)
     cost = measure_network(network, data.resolution)
@@ -87,7 +95,8 @@ def retrain(recipe: RetrainRecipe, candidate: Candidate, directory: RunDirectory
     # Everything has been checked by now: a start that fails must not claim the folder.
     directory.begin(to_yaml(recipe), recipe.seed)
     reporter.install()
-    trainer.fit(module, training_loader, validation_loader, ckpt_path=checkpoint)
+    with named_batch(data.batch_size, recipe.device.devices):
+        trainer.fit(module, training_loader, validation_loader, ckpt_path=checkpoint)
     # Measured again, because a training that was interrupted after its last epoch has no metrics of it any more.
     (validated,) = trainer.validate(module, validation_loader, verbose=False)
     val_accuracy = validated["val_accuracy"]
@@ -117,6 +126,29 @@ def retrain(recipe: RetrainRecipe, candidate: Candidate, directory: RunDirectory
     write_json(result_file, result)
     reporter.final(_told_to_nni(result))
     return print_result(result)
+
+
+class _Result(BaseModel):
+    """What is read of ``result.json``."""
+
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+
+    network: str
+    folder: str
+    test_accuracy: float
+    val_accuracy: float
+    flops: int
+    params: int
+
+
+def _read_result(file: Path) -> dict[str, Any]:
+    try:
+        return _Result.model_validate(read_json(file, "result of a training")).model_dump()
+    except ValidationError as error:
+        reason = f"{file} is not a result of a training: {complaint(error, _Result)}"
+    except UserError as error:
+        reason = str(error)
+    raise UserError(f"{reason.rstrip('.')}; remove it, and the same command measures it again.") from None
 
 
 def _told_to_nni(result: dict[str, Any]) -> dict[str, Any]:
@@ -158,6 +190,6 @@ def _inherit(network: nn.Module, file: Path | None, child: Child | None, num_cla
     if child.num_classes != num_classes:
         raise UserError(
             f"inherit_weights is on, but {file} was searched with {child.num_classes} classes and the data has "
-            f"{num_classes}."
+            f"{num_classes}; leave it off, or give the data of the search."
         )
     load_weights(network, file)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
@@ -19,7 +20,7 @@ RUNS: Final = Path("runs")
 PACKAGES: Final = ("nni", "torch", "torchvision", "timm", "pytorch-lightning", "torchmetrics", "numpy", "pydantic")
 
 
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Let ``write`` make a temporary file, flush it to disk, and only then give it its name.
 
     Whoever reads ``path`` sees the old content or the new, never a part.
@@ -32,8 +33,16 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
+    except OSError as error:
+        # A write that fails, unlike an opening, does not say of which file, and the temporary one nobody knows.
+        named = str(error.filename2 or error.filename or temporary)
+        if error.errno is not None and named.endswith(temporary.name):
+            error.filename, error.filename2 = str(path), None
+        raise
     finally:
-        temporary.unlink(missing_ok=True)
+        # Where the folder cannot be written any more, that is what is to be heard of.
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -125,6 +134,9 @@ class RunDirectory:
         """
         file = self.path / "recipe.yml"
         try:
+            nearest = next(folder for folder in (self.path, *self.path.absolute().parents) if folder.exists())
+            if not nearest.is_dir():
+                raise UserError(f"{nearest} is not a folder, so that {self.path} cannot be a run directory.")
             if file.exists() and file.read_bytes() != recipe.encode():
                 raise UserError(
                     f"{self.path} holds a run of another recipe (see {file}); choose another folder with --name, or "

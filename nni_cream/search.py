@@ -40,6 +40,7 @@ from nni_cream.soundness import Soundness
 from nni_cream.strategies.cream import CreamStrategy
 from nni_cream.strategies.cream_module import RankedPath
 from nni_cream.training import ImageClassifier
+from nni_cream.trouble import named_batch
 
 if TYPE_CHECKING:
     from search_spaces.cream import SpacePlan
@@ -86,7 +87,8 @@ def search_cream(recipe: CreamRecipe, directory: RunDirectory) -> Child:
     initialize(strategy, space, evaluator, reporter)
     # Everything has been checked by now: a start that fails must not claim the folder.
     directory.begin(to_yaml(recipe), recipe.seed)
-    strategy.run()
+    with named_batch(data.batch_size, recipe.device.devices):
+        strategy.run()
 
     module = strategy.oneshot_module
     # Paths that differ only in which blocks of a stage they skip are one architecture; the better one stands for it.
@@ -139,20 +141,32 @@ def ended_search(directory: RunDirectory, reporter: Reporter) -> Child | None:
     """Return, print and report what the search in ``directory`` has found; None if none has ended there."""
     if not directory.child.exists():
         return None
-    child = Child.load(directory.child)
+    try:
+        child = Child.load(directory.child)
+        told = result_of(child)
+    except UserError as error:
+        raise UserError(
+            f"{str(error).rstrip('.')}, or remove it, and the same command makes it again from the last checkpoint."
+        ) from None
     if not is_first():
         return child
     print(f"{directory.path} holds a search that has ended; choose another folder with --name for a new one.")
     # NNI starts a trial again whose end it has not seen.
     reporter.deliver()
-    reporter.final(result_of(child))
+    reporter.final(told)
     print_child(child, directory)
     return child
 
 
 def result_of(child: Child) -> dict[str, Any]:
-    """Return what NNI is told of a child; its architecture is among it, since the file may lie on another machine."""
+    """Return what NNI is told of a child; its architecture is among it, since the file may lie on another machine.
+
+    Raises:
+        UserError: if it has a genotype, and not the accuracy of the supernet.
+    """
     genotype = isinstance(child.architecture, Genotype)
+    if genotype and not isinstance(child.search.get("supernet_accuracy"), float):
+        raise UserError("The child of a DARTS search has no number 'supernet_accuracy' in its field 'search'.")
     return {
         # The tuner steers by what the curve shows: of DARTS, the supernet.
         "default": child.search["supernet_accuracy"] if genotype else child.accuracy,
@@ -304,8 +318,14 @@ def on_device(device: Device, **arguments: Any) -> Any:
     For several devices it starts this command once more for each but the first, unless that has been done (torchrun).
 
     Raises:
-        UserError: if there is no such device.
+        UserError: if there is no such device, or not a core for every process.
     """
+    on_cpu = device.accelerator == "cpu" or (device.accelerator == "auto" and not torch.cuda.is_available())
+    if on_cpu and device.devices > (os.cpu_count() or 1):
+        raise UserError(
+            f"device.devices is {device.devices}, but on the CPU these are processes and this machine has "
+            f"{os.cpu_count()} cores: make it at most that."
+        )
     if device.threads is not None:
         torch.set_num_threads(device.threads)
         if device.devices > 1:
@@ -325,5 +345,5 @@ def on_device(device: Device, **arguments: Any) -> Any:
     except MisconfigurationException as error:
         raise UserError(
             f"device.accelerator {device.accelerator!r} with device.devices {device.devices} is not to be had on this "
-            f"machine: {error}"
+            f"machine: {str(error).rstrip('.!')}."
         ) from None

@@ -35,6 +35,7 @@ from nni_cream.search import (
 from nni_cream.strategies.darts import DartsStrategy
 from nni_cream.supernet.batch_norm import recalibrated
 from nni_cream.training import ImageClassifier
+from nni_cream.trouble import named_batch
 
 _MILLION = 1_000_000
 _CALIBRATION_BATCHES = 20
@@ -71,7 +72,8 @@ def search_darts(recipe: DartsRecipe, directory: RunDirectory) -> Child:
     initialize(strategy, space, evaluator, reporter)
     # Everything has been checked by now: a start that fails must not claim the folder.
     directory.begin(to_yaml(recipe), recipe.seed)
-    strategy.run()
+    with named_batch(data.batch_size, recipe.device.devices):
+        strategy.run()
 
     module = strategy.oneshot_module
     if module.ended_because is not None:

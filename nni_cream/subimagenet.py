@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Final, Literal, NamedTuple
 
 from nni_cream.errors import UserError
+from nni_cream.folders import resolved
 
 Mode = Literal["symlink", "copy", "hardlink"]
 
@@ -67,7 +68,7 @@ def make_subimagenet(
     for option, number in (("classes", classes), ("train-images", train_images), ("val-images", val_images)):
         if number < 1:
             raise UserError(f"--{option} must be at least 1, got {number}.")
-    root, destination = source.expanduser().resolve(), destination.expanduser().resolve()
+    root, destination = resolved(source), resolved(destination)
     try:
         images = _choose(root, classes, train_images, val_images)
         _refuse_taken(destination, root / "train")

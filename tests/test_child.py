@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -48,6 +49,9 @@ def darts_child(**changes: Any) -> Child:
 def build(child: Child) -> nn.Module:
     size = {"kind": "search", **child.space} if child.space else {}
     return build_network(str(child.architecture), child.num_classes, size)
+
+
+AGAIN = "copy the child.json once more that the search has made."
 
 
 def small_network(width: int = 3) -> nn.Sequential:
@@ -136,6 +140,8 @@ class TestRoundTrip:
 
     def test_leaves_nothing_but_the_two_files(self, saved: Path) -> None:
         assert {path.name for path in saved.parent.iterdir()} == {"child.json", "child.safetensors"}
+        # Whoever may read the one may read the other.
+        assert len({path.stat().st_mode for path in saved.parent.iterdir()}) == 1
 
     def test_there_is_no_child_without_its_weights(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         def fail(*_: Any) -> None:
@@ -147,6 +153,18 @@ class TestRoundTrip:
             make_child().save(tmp_path / "child.json", small_network())
         assert not (tmp_path / "child.json").exists()
 
+    def test_a_full_disk_is_named_and_leaves_the_old_files(self, saved: Path) -> None:
+        before = {path: path.read_bytes() for path in saved.parent.iterdir()}
+        _, hard = limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+        try:
+            with pytest.raises(OSError, match="File too large") as caught:
+                make_child(num_classes=9).save(saved, nn.Linear(100, 100))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert caught.value.filename == str(saved.with_suffix(".safetensors"))
+        assert {path: path.read_bytes() for path in saved.parent.iterdir()} == before
+
     def test_other_classes_change_the_classifier_only(self) -> None:
         seven, two = (build_network(str(PATH), number, {}).state_dict() for number in (7, 2))
         different = {name for name in seven if seven[name].shape != two[name].shape}
@@ -157,33 +175,38 @@ class TestWrongChild:
     @pytest.mark.parametrize("value", ["nni_cream.child/2", None, ["nni_cream.child/1"]])
     def test_format(self, saved: Path, value: Any) -> None:
         change(saved, format=value)
-        assert "its 'format' should be 'nni_cream.child/1'" in refusal(saved)
+        assert f"its 'format' is {value!r}, but should be 'nni_cream.child/1'" in refusal(saved)
 
     @pytest.mark.parametrize("key", ["num_classes", "accuracy", "flops", "params", "data", "search"])
     def test_missing_field(self, saved: Path, key: str) -> None:
         content = json.loads(saved.read_text())
         del content[key]
         saved.write_text(json.dumps(content))
-        assert refusal(saved) == f"{saved} is not a complete child of a search: {key!r} is missing."
+        assert refusal(saved) == f"{saved} is not a child of a search: {key!r} is missing; {AGAIN}"
 
     def test_without_an_architecture_or_with_two(self, saved: Path) -> None:
-        expected = f"{saved} is not a child of a search: it should have either 'path' or 'genotype'."
+        expected = f"{saved} is not a child of a search: it should have either 'path' or 'genotype', and has "
         change(saved, genotype=GENOTYPE.to_json())
-        assert refusal(saved) == expected
+        assert refusal(saved) == f"{expected}both; {AGAIN}"
         content = json.loads(saved.read_text())
         del content["path"], content["genotype"]
         saved.write_text(json.dumps(content))
-        assert refusal(saved) == expected
+        assert refusal(saved) == f"{expected}neither; {AGAIN}"
 
     def test_surplus_field(self, saved: Path) -> None:
         change(saved, colour="blue")
-        assert refusal(saved) == f"{saved} is not a child of a search: 'colour' is not part of one."
+        assert refusal(saved) == f"{saved} is not a child of a search: 'colour' is not part of one; {AGAIN}"
 
     @pytest.mark.parametrize(
         ("key", "value"),
         [
             ("num_classes", "7"),
+            ("num_classes", True),
+            ("num_classes", 0),
             ("accuracy", None),
+            ("accuracy", float("nan")),
+            ("accuracy", 1.5),
+            ("flops", -1),
             ("flops", 1.5),
             ("params", [1]),
             ("data", ["name"]),
@@ -277,7 +300,7 @@ class TestWrongWeights:
     def test_of_another_network(self, saved: Path) -> None:
         network = nn.Sequential(nn.Linear(2, 3))
         message = self.refusal(network, saved)
-        assert "5 entries are only in one of them, such as '1.bias' of the file." in message
+        assert "5 entries are only in one of them, such as '1.bias' of the file; give the file of this" in message
 
 
 class TestBuiltNetwork:

@@ -1,19 +1,23 @@
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import nni
 import pytest
+import torch
 
 from nni_cream.cli import make_parser, overrides_of, run, tuner_parameters
 from nni_cream.errors import TrainingError, UserError
 from nni_cream.recipe import CreamRecipe, load_recipe
+from nni_cream.trouble import sentence_of
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPE = ROOT / "experiments" / "recipes" / "cream_mnist5k.yml"
@@ -24,6 +28,13 @@ def _without_nni(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in list(os.environ):
         if name.startswith("NNI_"):
             monkeypatch.delenv(name)
+
+
+@pytest.fixture(autouse=True)
+def _hooks_of_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A command may replace them, since its process ends with it."""
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
+    monkeypatch.setattr(threading, "excepthook", threading.excepthook)
 
 
 def tuner_sends(monkeypatch: pytest.MonkeyPatch, parameters: Any) -> None:
@@ -49,6 +60,19 @@ class TestOptions:
     def test_name_is_text_even_where_yaml_would_read_a_number(self) -> None:
         assert overrides("--name", "2024") == {"name": "2024"}
         assert overrides("--set", "name=2024") == {"name": 2024}
+
+    @pytest.mark.parametrize(
+        ("words", "expected"),
+        [
+            (["--colour"], "On the command line: unrecognized arguments: --colour (--help lists the options)."),
+            (["--set"], "On the command line: argument --set: expected one argument (--help lists the options)."),
+            (["--out", "a"], "On the command line: unrecognized arguments: --out a (--help lists the options)."),
+        ],
+    )
+    def test_that_are_none_are_refused_in_a_sentence(self, words: list[str], expected: str) -> None:
+        with pytest.raises(UserError) as caught:
+            overrides(*words)
+        assert str(caught.value) == expected
 
     def test_help_is_the_first_line_of_the_docstring(self) -> None:
         text = make_parser("Do a thing.\n\nAt length.\n", Path("recipe.yml")).format_help()
@@ -190,6 +214,23 @@ def test_an_interrupt_ends_the_process_as_a_signal(program: str) -> None:
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
     assert result.returncode == -signal.SIGINT
     assert result.stderr == "Interrupted; the same command goes on from the last checkpoint.\n"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [OSError(errno.ENOSPC, "No space left on device", "a/b"), MemoryError("too much"), torch.OutOfMemoryError("CUDA")],
+    ids=lambda error: type(error).__name__,
+)
+def test_trouble_of_the_machine_is_a_sentence_and_no_success(
+    capsys: pytest.CaptureFixture[str], error: Exception
+) -> None:
+    def main() -> None:
+        raise error
+
+    with pytest.raises(SystemExit) as caught:
+        run(main)
+    assert caught.value.code == 1
+    assert capsys.readouterr().err == f"error: {sentence_of(error)}\n"
 
 
 def test_a_failed_training_is_no_success(capsys: pytest.CaptureFixture[str]) -> None:

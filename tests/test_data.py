@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import pickle
 import random
 import re
@@ -206,6 +207,51 @@ class TestImages:
         white_normalised = (1 - torch.tensor([0.485, 0.456, 0.406])) / torch.tensor([0.229, 0.224, 0.225])
         torch.testing.assert_close(image, white_normalised[:, None, None].expand(3, 8, 8))
 
+    @pytest.mark.parametrize("suffix", [".png", ".tif", ".pgm"])
+    def test_16_bits_become_8(self, tmp_path: Path, suffix: str) -> None:
+        write_images(tmp_path, {"a": 4, "b": 4})
+        for path in tmp_path.glob("*/*.png"):
+            path.unlink()
+            if suffix == ".pgm":
+                path.with_suffix(suffix).write_bytes(b"P5 8 8 65535\n" + (40000).to_bytes(2, "big") * 64)
+            else:
+                Image.fromarray(np.full((8, 8), 40000, dtype=np.uint16)).save(path.with_suffix(suffix))
+        image, _ = load_data("folder", folder=tmp_path, resolution=8).test[0]
+        grey = (40000 // 256 / 255 - torch.tensor([0.485, 0.456, 0.406])) / torch.tensor([0.229, 0.224, 0.225])
+        torch.testing.assert_close(image, grey[:, None, None].expand(3, 8, 8))
+
+    @pytest.mark.parametrize("size", [(1, 1), (1, 300), (300, 1), (2, 2)])
+    def test_tiny_and_thin_images_are_taken(self, tmp_path: Path, size: tuple[int, int]) -> None:
+        for name in ("a", "b"):
+            (tmp_path / name).mkdir()
+            for index in range(4):
+                Image.new("RGB", size, (255, 255, 255)).save(tmp_path / name / f"{index}.png")
+        splits = load_data("folder", folder=tmp_path, resolution=8, augmentation=Augmentation(color_jitter=0))
+        for part in PARTS:
+            image, _ = getattr(splits, part)[0]
+            assert image.shape == (3, 8, 8)
+            assert image.isfinite().all()
+
+    @pytest.mark.parametrize("form", ["PNG", "JPEG", "BMP", "TIFF", "WEBP", "PPM"])
+    def test_bytes_that_are_wrong_never_end_in_anything_but_a_sentence(self, tmp_path: Path, form: str) -> None:
+        write_images(tmp_path, {"a": 4, "b": 4})
+        splits = load_data("folder", folder=tmp_path, resolution=8)
+        good = io.BytesIO()
+        Image.fromarray(np.arange(300, dtype=np.uint8).reshape(10, 10, 3)).save(good, form)
+        drawing = np.random.default_rng(0)
+        files = {path: path.read_bytes() for path in tmp_path.glob("*/*.png")}
+        for _ in range(60):
+            bad = bytearray(good.getvalue())
+            for position in drawing.integers(0, len(bad), size=4):
+                bad[position] = drawing.integers(0, 256)
+            for path in files:
+                path.write_bytes(bad)
+            try:
+                image, _ = splits.test[0]
+                assert image.shape == (3, 8, 8)
+            except UserError as error:
+                assert re.match(rf"image {tmp_path}/[ab]/\S+ ", str(error))  # noqa: PT017
+
     @pytest.mark.parametrize(
         ("damage", "sentence"),
         [
@@ -214,11 +260,15 @@ class TestImages:
             (lambda path: path.write_bytes(b""), "cannot be read: cannot identify"),
             (lambda path: path.unlink(), "cannot be read: .*No such file"),
             (
-                lambda path: Image.fromarray(np.full((8, 8), 40000, dtype=np.uint16)).save(path),
-                "has more than 8 bits per channel",
+                lambda path: Image.fromarray(np.full((8, 8), 40000, dtype=np.int32)).save(path, "TIFF"),
+                "has 32 bits per channel",
+            ),
+            (
+                lambda path: Image.fromarray(np.full((8, 8), 0.5, dtype=np.float32)).save(path, "TIFF"),
+                "has 32 bits per channel",
             ),
         ],
-        ids=["truncated", "text", "empty", "gone", "16 bits"],
+        ids=["truncated", "text", "empty", "gone", "32 bits", "fractions"],
     )
     def test_an_unreadable_file_is_named(self, tmp_path: Path, damage: Callable[[Path], Any], sentence: str) -> None:
         write_images(tmp_path, {"a": 4, "b": 4}, size=64)
@@ -350,6 +400,10 @@ class TestAugmentation:
             (Augmentation(re_mode="pixel"), "re_mode=pixel has no effect while augmentation.re_prob is 0"),
             (Augmentation(auto_augment="random"), "timm knows no policy augmentation.auto_augment='random'"),
             (Augmentation(auto_augment="ran"), "timm knows no policy"),
+            (
+                Augmentation(auto_augment="rand-m9-zz"),
+                "has the section 'zz'; a section of the policy 'rand' is a word and",
+            ),
             (Augmentation(crop_padding=0), "crop_padding is a number of pixels above 0, got 0"),
             (Augmentation(cutout=-1), "cutout is a number of pixels above 0, got -1"),
             (Augmentation(crop_padding=4, scale=(0.5, 1.0)), "crop_padding=4 takes the place of the crop by augm"),

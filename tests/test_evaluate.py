@@ -371,7 +371,10 @@ class TestRefusals:
         [
             ({"architecture": "[[0], [1]"}, "is not a Cream path"),
             ({"architecture": "[[0], [1]]"}, "has 2 stages"),
-            ({"architecture": "cream_15"}, "timm has no network 'cream_15'; did you mean 'cream_14'?"),
+            (
+                {"architecture": "cream_15"},
+                "timm has no network 'cream_15'; did you mean 'cream_14'; copy it once more.",
+            ),
             ({"architecture": "hf-hub:timm/resnet18.a1_in1k"}, "timm has no network 'hf-hub:"),
             ({"num_classes": "ten"}, "'ten'"),
             ({"data": "{"}, "JSONDecodeError"),
@@ -392,7 +395,7 @@ class TestRefusals:
         save_network(ours, network, architecture="cream_14", num_classes=10, data=DIGITS, size={})
         assert "does not fit cream_14: " in refusal(ours)
         save_network(ours, network, architecture=str(PATH), num_classes=7, data=DIGITS, size={})
-        assert "has shape [10], but the network needs [7]." in refusal(ours)
+        assert "has shape [10], but the network needs [7]; give the file of" in refusal(ours)
 
     def test_of_a_model_that_ours_is_not(self, ours: Path) -> None:
         assert refusal(ours, "cream_14") == f"{ours} holds the network {PATH}, not cream_14; leave out --model."
@@ -424,11 +427,17 @@ class TestRefusals:
         ("change", "expected"),
         [
             (lambda w: w.pop("conv_head.bias"), "1 entries are only in one of them, such as 'conv_head.bias' of the n"),
-            (lambda w: w.update(extra=torch.ones(1)), "such as 'extra' of the file."),
-            (lambda w: w.update({"conv_head.bias": torch.ones(3)}), "has shape [3], but the network needs [1280]."),
-            (lambda w: w.update({"conv_head.bias": "x"}), "'conv_head.bias' is a str, but the network needs [1280]."),
+            (lambda w: w.update(extra=torch.ones(1)), "such as 'extra' of the file; give the file of this"),
+            (
+                lambda w: w.update({"conv_head.bias": torch.ones(3)}),
+                "has shape [3], but the network needs [1280]; give the file",
+            ),
+            (
+                lambda w: w.update({"conv_head.bias": "x"}),
+                "'conv_head.bias' is a str, but the network needs [1280]; give the file",
+            ),
             (lambda w: w.update({"classifier.weight": 3}), "it should have 'classifier.weight'"),
-            (lambda w: w.clear(), "but begins with nothing."),
+            (lambda w: w.clear(), "but begins with nothing; name the network that it is of with --model."),
         ],
     )
     def test_of_weights_that_do_not_fit(
@@ -443,7 +452,7 @@ class TestRefusals:
 
     def test_of_plain_weights_where_there_are_none(self, tmp_path: Path, foreign: list[nn.Module]) -> None:
         torch.save({"state_dict_ema": foreign[0].state_dict()}, tmp_path / "a.pth")
-        assert "begins with 'state_dict_ema'." in refusal(tmp_path / "a.pth", "cream_14", use_ema=False)
+        assert "begins with 'state_dict_ema'; name" in refusal(tmp_path / "a.pth", "cream_14", use_ema=False)
 
     @pytest.mark.parametrize("content", [b"", b"x", b"no checkpoint", b"PK\x03\x04", bytes(range(256))])
     def test_of_other_files(self, tmp_path: Path, content: bytes) -> None:
@@ -480,7 +489,8 @@ class TestRefusals:
             for number in range(8):
                 Image.new("RGB", (40, 40)).save(images / name / f"{number}.png")
         settings = {"data": {"name": "folder", "folder": str(images)}}
-        assert refusal(ours, None, settings) == f"{ours} tells 10 classes apart, but the data set 'folder' has 2."
+        message = refusal(ours, None, settings)
+        assert message.startswith(f"{ours} tells 10 classes apart, but the data set 'folder' has 2: give the data that")
 
     def test_of_stored_data_settings_that_make_no_sense(self, ours: Path, network: nn.Module) -> None:
         save_network(ours, network, architecture=str(PATH), num_classes=10, data={**DIGITS, "name": "digit"}, size={})

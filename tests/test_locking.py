@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import signal
 import subprocess
@@ -8,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,6 +18,7 @@ from nni_cream.locking import ProcessLock
 HOLD = """
 import sys, time
 from pathlib import Path
+from typing import Any
 from nni_cream.locking import ProcessLock
 lock = ProcessLock(Path(sys.argv[1]))
 held = lock.acquire()
@@ -84,6 +87,19 @@ def test_it_can_be_given_back(tmp_path: Path, other: Other) -> None:
     lock.release()
     process = other(tmp_path / "lock")
     assert lock.owner() == process.pid
+
+
+def test_asking_needs_no_right_to_write(tmp_path: Path, other: Other, monkeypatch: pytest.MonkeyPatch) -> None:
+    process = other(tmp_path / "lock")
+    opened = Path.open
+
+    def read_only(path: Path, mode: str = "r", **rest: Any) -> Any:
+        if mode != "r":
+            raise OSError(errno.EROFS, "Read-only file system")
+        return opened(path, mode, **rest)
+
+    monkeypatch.setattr(Path, "open", read_only)
+    assert ProcessLock(tmp_path / "lock").owner() == process.pid
 
 
 def test_asking_who_holds_it_writes_nothing(tmp_path: Path) -> None:

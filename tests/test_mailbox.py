@@ -74,6 +74,20 @@ def test_what_was_delivered_by_halves_is_delivered_to_the_end(tmp_path: Path) ->
     assert line.arrived == [1, 2, 3, 4]
 
 
+def test_a_damaged_message_is_kept_and_said_and_stops_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = Line(up=False)
+    box = Mailbox(tmp_path / "box", line)
+    for number in (1, 2, 3):
+        box.post(message(number))
+    (damaged, *_) = box.waiting()
+    damaged.write_bytes(damaged.read_bytes()[:9])
+    line.up = True
+    assert box.post(message(4))
+    assert line.arrived == [2, 3, 4]
+    assert f"{damaged} is no message to NNI" in capsys.readouterr().err
+    assert [file.name for file in (tmp_path / "box").iterdir()] == ["000000001.damaged"]
+
+
 def test_other_errors_are_not_taken_for_an_outage(tmp_path: Path) -> None:
     def wrong(message: dict[str, Any]) -> None:
         raise TypeError("not this")

@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+import json
+import re
 import subprocess
 import venv
+from importlib.metadata import PackageNotFoundError, metadata, requires
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from nni_cream.data_names import DATA_SETS
+
+# What torch's wheel from PyPI brings, in versions that it pins, and its CPU build does not.
+OF_CUDA = re.compile(r"(nvidia|cuda)-(?!ml-py)|triton$")
 
 
 @pytest.mark.slow
 def test_pip_install_into_an_empty_environment_works_from_any_folder(repository: Path, tmp_path: Path) -> None:
     venv.create(tmp_path / "venv", with_pip=True)
     python = tmp_path / "venv/bin/python"
-    install = [python, "-m", "pip", "install", "--quiet", "--constraint", repository / "constraints.txt", repository]
+    everything = f"{repository}[dev,elpv]"
+    install = [python, "-m", "pip", "install", "--quiet", "--constraint", repository / "constraints.txt", everything]
     subprocess.run(install, check=True, capture_output=True, text=True, timeout=1200)
     # -I keeps the current folder and PYTHONPATH out, so only what was installed can be found.
     program = (
@@ -23,19 +34,44 @@ def test_pip_install_into_an_empty_environment_works_from_any_folder(repository:
     result = subprocess.run([python, "-I", "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith(str(tmp_path / "venv"))
+    # Every module, and with them what they import.
+    program = (
+        "import importlib, pkgutil, nni_cream, search_spaces\n"
+        "for package in (nni_cream, search_spaces):\n"
+        "    for module in pkgutil.walk_packages(package.__path__, f'{package.__name__}.'):\n"
+        "        importlib.import_module(module.name)\n"
+        "        print(module.name)\n"
+    )
+    result = subprocess.run([python, "-I", "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert {"nni_cream.experiment", "nni_cream.strategies.darts", "search_spaces.cream"} < set(result.stdout.split())
+
+    listed = [python, "-m", "pip", "list", "--format", "json"]
+    found = json.loads(subprocess.run(listed, check=True, capture_output=True, text=True).stdout)
+    brought = {canonicalize_name(item["name"]): item["version"].partition("+")[0] for item in found}
+    pinned = pins(repository)
+    ours = {name: version for name, version in brought.items() if name not in pinned and not OF_CUDA.match(name)}
+    assert set(ours) == {"nni-cream", "pip"}
+    assert {name: version for name, version in brought.items() if name in pinned} == pinned
+
     for arguments in (["-m", "pip", "check"], ["-m", "nni.tools.nnictl.nnictl", "--version"]):
         subprocess.run([python, *arguments], cwd=tmp_path, check=True, capture_output=True)
 
 
-def test_constraints_name_every_installed_dependency(repository: Path) -> None:
-    from importlib.metadata import requires
-
-    from packaging.requirements import Requirement
-    from packaging.utils import canonicalize_name
-
+def pins(repository: Path) -> dict[str, str]:
+    """Return the versions in constraints.txt."""
     lines = (repository / "constraints.txt").read_text().splitlines()
-    pinned = {canonicalize_name(line.partition("==")[0]): line for line in lines if not line.startswith("#")}
-    assert all("==" in line for line in pinned.values())
+    found = {}
+    for line in lines:
+        if not line.startswith("#"):
+            name, _, version = line.partition("==")
+            assert version, line
+            found[canonicalize_name(name)] = version
+    return found
+
+
+def test_constraints_name_every_installed_dependency(repository: Path) -> None:
+    pinned = pins(repository)
     waiting = ["nni_cream[dev,elpv]"]
     seen: set[str] = set()
     while waiting:
@@ -46,8 +82,7 @@ def test_constraints_name_every_installed_dependency(repository: Path) -> None:
                 if needed.marker is not None and not needed.marker.evaluate({"extra": extra}):
                     continue
                 name = canonicalize_name(needed.name)
-                # torch's CUDA libraries come with the wheel from PyPI and not with the CPU build.
-                if name.startswith("nvidia-") and wanted.name == "torch":
+                if OF_CUDA.match(name) and wanted.name == "torch":
                     continue
                 assert name in pinned, f"{wanted.name} needs {needed.name}, which constraints.txt does not name"
                 key = f"{name}[{','.join(sorted(needed.extras))}]" if needed.extras else name
@@ -55,3 +90,34 @@ def test_constraints_name_every_installed_dependency(repository: Path) -> None:
                     seen.add(key)
                     waiting.append(key)
     assert "torch" in seen
+
+
+def rows(repository: Path, title: str) -> dict[str, str]:
+    """Return the names and licences in a table of docs/licences.md."""
+    text = (repository / "docs" / "licences.md").read_text(encoding="utf-8")
+    section = text.partition(f"## {title}\n")[2].partition("\n## ")[0]
+    found = {}
+    for line in section.splitlines():
+        if line.startswith("| ") and not line.startswith(("| package", "| data set", "| what")):
+            names, licence, purpose = (cell.strip() for cell in line.strip("|").split("|"))
+            assert licence, line
+            assert purpose, line
+            for name in names.split(", "):
+                found[name.strip("`")] = licence
+    return found
+
+
+def test_the_licences_of_all_packages_and_data_are_listed(repository: Path) -> None:
+    packages = {canonicalize_name(name): licence for name, licence in rows(repository, "Packages").items()}
+    assert set(packages) == set(pins(repository))
+    assert tuple(rows(repository, "Data")) == DATA_SETS
+    checked = 0
+    for name, licence in packages.items():
+        try:
+            stated = metadata(name)["License-Expression"]
+        except PackageNotFoundError:
+            continue
+        if stated is not None:
+            assert licence == stated, name
+            checked += 1
+    assert checked > 20

@@ -588,6 +588,11 @@ class TestFiles:
             (b"name: [", "is not valid YAML"),
             (b"name: a\n  epochs: 3", "is not valid YAML"),
             (b"a\0b", "is not valid YAML"),
+            (b"name: a\nepochs: 3\nname: b", "is not valid YAML: 'name' stands in lines 1 and 3; leave one out."),
+            (b"data:\n  name: a\n  name: a", "is not valid YAML: 'name' stands in lines 2 and 3; leave one out."),
+            (b"data: {name: a, 'name': b}", "'name' stands in lines 1 and 1"),
+            (b"name: " + b"[" * 5000, "is not valid YAML"),
+            (b"name: !!python/object/apply:os.system [ls]", "is not valid YAML"),
             (b"seed: 2020-13-45", "is not valid YAML"),  # PyYAML takes it for a date.
             (b"", "should be a YAML mapping of settings"),
             (b"# nothing but a comment", "should be a YAML mapping of settings"),

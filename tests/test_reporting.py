@@ -89,6 +89,24 @@ class TestFile:
         header, row = lines(tmp_path)
         assert json.loads(row[header.index("path")]) == [[0], [1, 2]]
 
+    @pytest.mark.parametrize(
+        "damaged",
+        [b"default,epoch,loss\n0.1,1\n", b"default,epoch\n0.1,1,2\n", b"a,b\n1,2\n", b"epoch\nx\n", b"\xff\xfe\n\x80"],
+        ids=["short line", "long line", "no epochs", "no number", "no text"],
+    )
+    def test_that_is_damaged_is_kept_and_said_and_begun_anew(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str], damaged: bytes
+    ) -> None:
+        (tmp_path / "metrics.csv").write_bytes(damaged)
+        reporter = Reporter(tmp_path, quiet=True)
+        reporter.intermediate(metrics_of(2))
+        reporter.intermediate(metrics_of(3))
+        assert [row[1] for row in lines(tmp_path)] == ["epoch", "2", "3"]
+        assert (tmp_path / "metrics.damaged").read_bytes() == damaged
+        (said,) = capsys.readouterr().err.splitlines()
+        assert said.startswith(f"{tmp_path / 'metrics.csv'} is no table with a line for every epoch (")
+        assert said.endswith(f"it is kept as {tmp_path / 'metrics.damaged'}, and a new one begins.")
+
     def test_does_not_hold_the_result(self, tmp_path: Path) -> None:
         Reporter(tmp_path, quiet=True).final({"default": 0.9})
         assert not (tmp_path / "metrics.csv").exists()

@@ -21,7 +21,14 @@ from nni_cream.models.cream import OPERATIONS, STAGES, STEM_CHANNELS, build_chil
 from nni_cream.recipe import CreamRecipe, Data, Device, Flops, load_recipe, parse_override, to_yaml
 from nni_cream.reporting import Reporter
 from nni_cream.runs import RunDirectory
-from nni_cream.search import load_splits, make_loader, make_training_loader, refuse_unreachable, search_cream
+from nni_cream.search import (
+    load_splits,
+    make_loader,
+    make_training_loader,
+    on_device,
+    refuse_unreachable,
+    search_cream,
+)
 from nni_cream.strategies.cream_module import RankedPath
 from search_spaces.cream import CreamSpace, SpacePlan
 
@@ -408,6 +415,13 @@ class TestBatches:
     def test_are_loaded_by_workers_that_stay(self, training: bool, workers: int) -> None:
         loader = loader_of(8, Data(batch_size=4, workers=workers, resident=False), training=training)
         assert (loader.num_workers, loader.persistent_workers) == (workers, workers > 0)
+
+
+def test_processes_without_a_core_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.cpu_count", lambda: 3)
+    with pytest.raises(UserError, match="device.devices is 4, but on the CPU these are processes and .* has 3 cores"):
+        on_device(Device(accelerator="cpu", devices=4))
+    assert on_device(Device(accelerator="cpu", devices=3), logger=False).num_devices == 3
 
 
 def cheapest_and_dearest(operations: Sequence[int], resolution: int, num_classes: int) -> list[int]:

@@ -7,7 +7,6 @@ The new folder is a data set for ``data.name=imagenet``; ``listing.csv`` in it s
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 from typing import get_args
@@ -15,13 +14,13 @@ from typing import get_args
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from nni_cream.cli import run
+from nni_cream.cli import Parser, run
 from nni_cream.subimagenet import CLASSES, TRAIN_IMAGES, VAL_IMAGES, Mode, make_subimagenet
 
 
 def main() -> None:
     """Read the command line, make the data set, and say what was made."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = Parser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("source", type=Path, help="ImageNet's folder, with train/ in it; it is only read")
     parser.add_argument("destination", type=Path, help="folder to make; nothing is overwritten")
     parser.add_argument("--classes", type=int, default=CLASSES, help="the first ones by name (default: %(default)s)")

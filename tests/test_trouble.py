@@ -1,0 +1,104 @@
+from __future__ import annotations
+
+import errno
+
+import pytest
+import torch
+
+from nni_cream.errors import TrainingError
+from nni_cream.trouble import named_batch, sentence_of
+
+KILLED = "DataLoader worker (pid 12) is killed by signal: Killed. "
+BUS = (
+    "DataLoader worker (pid 12) is killed by signal: Bus error. It is possible that dataloader's workers are out of "
+    "shared memory. Please try to raise your shared memory limit."
+)
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (
+            OSError(errno.ENOSPC, "No space left on device", "a/b"),
+            "a/b cannot be written: No space left on device; make",
+        ),
+        (
+            OSError(errno.ENOSPC, "No space", "from", None, "to"),
+            "to cannot be written: No space; make room, and the same",
+        ),
+        (OSError(errno.ENOSPC, "No space left on device"), "A file of the run directory cannot be written: No space"),
+        (OSError(errno.EROFS, "Read-only file system", b"a"), "a cannot be used: Read-only file system; once that is"),
+        (PermissionError(errno.EACCES, "Permission denied", "a"), "a cannot be used: Permission denied; once that is"),
+        (RuntimeError(KILLED), f"A process of the data loader has ended ({KILLED.strip('. ')}), perhaps for want of"),
+        (
+            RuntimeError("DataLoader worker (pid(s) 1, 2) exited unexpectedly"),
+            "A process of the data loader has ended (",
+        ),
+        (RuntimeError(BUS), "The processes of the data loader have too little shared memory, /dev/shm (DataLoader"),
+        (
+            RuntimeError("unable to write to file </torch_1_2>: No space left on device (28)"),
+            "The processes of the data",
+        ),
+        (OSError(errno.ENOSPC, "unable to open shared memory object"), "The processes of the data loader have too"),
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB."),
+            "There is not enough memory: CUDA out of",
+        ),
+        (
+            RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory\nmore"),
+            "There is not enough memory: [",
+        ),
+        (MemoryError(), "There is not enough memory: MemoryError."),
+    ],
+    ids=str,
+)
+def test_trouble_of_the_machine_is_a_sentence(error: Exception, expected: str) -> None:
+    sentence = sentence_of(error)
+    assert sentence is not None
+    assert sentence.startswith(expected)
+    assert "\n" not in sentence
+    assert sentence.endswith(".")
+    assert not sentence.endswith("..")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [RuntimeError("mat1 and mat2 shapes cannot be multiplied"), FileNotFoundError(errno.ENOENT, "x"), KeyError()],
+)
+def test_faults_of_ours_are_none(error: Exception) -> None:
+    error.__context__ = ValueError("before")
+    assert sentence_of(error) is None
+    with pytest.raises(type(error)), named_batch(8):
+        raise error
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "devices", "advice"),
+    [
+        (64, 1, "; try --set data.batch_size=32 --name …."),
+        (6, 1, "; try --set data.batch_size=3 --name …."),
+        (12, 4, "; try --set data.batch_size=4 --name …."),
+        (3, 1, "; a smaller network is needed."),
+        (4, 4, "; a smaller network is needed."),
+    ],
+)
+def test_a_step_without_memory_says_which_batch_to_try(batch_size: int, devices: int, advice: str) -> None:
+    with pytest.raises(TrainingError) as caught, named_batch(batch_size, devices):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nMore.")
+    assert str(caught.value) == (
+        f"There is not enough memory for a step with data.batch_size {batch_size} (CUDA out of memory. Tried to "
+        f"allocate 2 GiB){advice}"
+    )
+
+
+def test_what_tidying_up_raises_does_not_hide_the_cause() -> None:
+    error = KeyError("tidying up")
+    error.__context__ = MemoryError("too much")
+    assert sentence_of(error) == "There is not enough memory: too much."
+    with pytest.raises(TrainingError, match=r"with data.batch_size 8 \(too much\); try"), named_batch(8):
+        raise error
+
+
+def test_memory_that_is_truly_lacking() -> None:
+    with pytest.raises(TrainingError, match="DefaultCPUAllocator"), named_batch(64):
+        torch.empty(2**55)
