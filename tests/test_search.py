@@ -419,7 +419,7 @@ class TestBatches:
 
 def test_processes_without_a_core_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.cpu_count", lambda: 3)
-    with pytest.raises(UserError, match="device.devices is 4, but on the CPU these are processes and .* has 3 cores"):
+    with pytest.raises(UserError, match=r"device.devices is 4, but on the CPU these are processes and .* has 3 cores"):
         on_device(Device(accelerator="cpu", devices=4))
     assert on_device(Device(accelerator="cpu", devices=3), logger=False).num_devices == 3
 
