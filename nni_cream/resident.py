@@ -77,6 +77,11 @@ class ResidentImages(Dataset[Any]):
     def __len__(self) -> int:
         return len(self.source)
 
+    def __getitem__(self, position: int) -> tuple[Tensor, Tensor]:
+        """Return one image and its label, likewise."""
+        pixels, labels = self.__getitems__([position])
+        return pixels[0], labels[0]
+
     def __getitems__(self, positions: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Return images, float32 [N, 3, R, R], and labels, int64 [N], at ``positions``.
 
