@@ -19,7 +19,8 @@ from nni_cream.runs import read_json
 SCRIPTS = {
     "fused_cell": ("--repeats", "5", "--rounds", "2"),
     "cream_step": ("--repetitions", "7"),
-    "scaling": ("--repeats", "3"),
+    "scaling": ("--repeats", "2"),
+    "input_share": (),
 }
 
 

@@ -158,6 +158,14 @@ def run(main: Callable[[], None]) -> None:
         raise
     finally:
         undo()
+        _leave_the_others()
+
+
+def _leave_the_others() -> None:
+    # gloo's threads, alive when the interpreter ends, would now and then abort the process.
+    group = sys.modules.get("torch.distributed")
+    if group is not None and group.is_available() and group.is_initialized():
+        group.destroy_process_group()
 
 
 def _leave_trouble_to_the_main_thread(ended: threading.ExceptHookArgs) -> None:

@@ -109,6 +109,9 @@ class Soundness(Callback):
         self.skipped += 1
         self.bad = True
         if self.skipped > self.skips:
+            if not is_first():
+                # All have found it, and one says so.
+                sys.exit(1)
             raise TrainingError(sentence + _ADVICE)
         for buffer, before in self._buffers:
             buffer.copy_(before)

@@ -241,3 +241,10 @@ def test_a_failed_training_is_no_success(capsys: pytest.CaptureFixture[str]) -> 
         run(main)
     assert caught.value.code == 1
     assert capsys.readouterr().err == "error: the loss is nan\n"
+
+
+def test_the_processes_of_a_run_part_before_they_end(tmp_path: Path) -> None:
+    """Threads of a group that is still there at the end of a process abort it now and then."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    run(lambda: None)
+    assert not torch.distributed.is_initialized()
