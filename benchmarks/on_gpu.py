@@ -12,8 +12,8 @@ needs a CUDA device, this repository and the installed package (NNI's Python par
 - both shipped searches on ``mnist5k``, whose images are in a Python package;
 - the benchmarks of ``run_all.py``.
 
-``--device cpu --quick`` runs the first three at a toy size, to see that they do run. Writes
-``benchmarks/results/on_gpu*.json``.
+``--device cpu --quick`` runs the first three at a toy size, to see that they do run, and
+keeps nothing; else ``benchmarks/results/on_gpu*.json`` is written.
 """
 
 from __future__ import annotations
@@ -176,15 +176,16 @@ def main() -> None:
     for name in ("share_of_time_in_kernels", "share_of_float32_ceiling", "share_of_bandwidth_ceiling"):
         print(f"{name.replace('_', ' ')}: {within[name]:.3f}")
     result = {"shape": shape, "ceilings": limits, "steps": timed, "inside_a_step": within, "table": rows}
-    # Saved now, and again with what may be cut off.
-    save_result("on_gpu", result, device)
+    if not quick:
+        # Saved now, and again with what may be cut off.
+        save_result("on_gpu", result, device)
     searches: dict[str, Any] = {}
     for script, recipe in (("search_darts.py", "darts_mnist5k.yml"), ("search_cream.py", "cream_mnist5k.yml")):
         searches[recipe] = real_search(script, recipe, device, quick)
         print(f"{recipe}: {searches[recipe]['seconds']:.0f} s", *searches[recipe]["end"], sep="\n  ")
-    file = save_result("on_gpu", {**result, "searches": searches}, device)
-    print(f"written to {file}", flush=True)
     if not quick:
+        file = save_result("on_gpu", {**result, "searches": searches}, device)
+        print(f"written to {file}", flush=True)
         command = [sys.executable, str(Path(__file__).with_name("run_all.py")), "--device", device]
         subprocess.run(command, check=True)
 
