@@ -520,7 +520,13 @@ class EvaluationRecipe(Settings):
 # Of a value that is not what it should be, what an error repeats.
 _SHOWN_CHARACTERS = 200
 # Where pydantic's own words are about Python.
-_EXPECTED = {"model_type": "be a group of settings", "path_type": "be a path", "tuple_type": "be a list"}
+_EXPECTED = {
+    "model_type": "be a group of settings",
+    "path_type": "be a path",
+    "tuple_type": "be a list",
+    "bool_parsing": "be true or false",
+    "bool_type": "be true or false",
+}
 
 AnyRecipe = TypeVar("AnyRecipe", bound=Settings)
 

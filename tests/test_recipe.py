@@ -280,7 +280,7 @@ class TestWrongValues:
             ({"optimizer": 5}, "'optimizer' is 5, but should be a group of settings."),
             ({"data": None}, "'data' is None, but should be a group of settings."),
             ({"data": {"folder": 3}}, "'data.folder' is 3, but should be a path."),
-            ({"data": {"download": "maybe"}}, "'data.download' is 'maybe', but should be a valid boolean"),
+            ({"data": {"download": "maybe"}}, "'data.download' is 'maybe', but should be true or false."),
             ({"data": {"augmentation": {"scale": 3}}}, "'data.augmentation.scale' is 3, but should be a list."),
             ({"data": {"augmentation": {"scale": [1]}}}, "'data.augmentation.scale[1]' is missing."),
             ({"data": {"augmentation": {"scale": [1, 2, 3]}}}, "'data.augmentation.scale' is [1, 2, 3], but should"),
