@@ -281,6 +281,9 @@ def main() -> None:
         print(name, file=sys.stderr, flush=True)
         results[name] = SCENARIOS[name]()
     torch.save(results, Path(sys.argv[1]) / f"{rank()}.pt")
+    if WORLD > 1:
+        # As the commands do: gloo's threads would now and then abort a process that ends with its group.
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":
