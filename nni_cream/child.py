@@ -262,9 +262,10 @@ def build_network(
         return network
     builder = network_builder(architecture, size)
     try:
-        return builder(num_classes=num_classes, **rates)
+        network = builder(num_classes=num_classes, **rates)
     except TypeError as error:
         raise UserError(f"The size of the network, {dict(size)}, is not one of a genotype: {error}.") from None
+    return network
 
 
 def is_timm_name(architecture: str) -> bool:
@@ -272,7 +273,7 @@ def is_timm_name(architecture: str) -> bool:
     return not architecture.startswith(("[", "Genotype("))
 
 
-def network_builder(architecture: str, size: Mapping[str, Any]) -> partial[nn.Module]:
+def network_builder(architecture: str, size: Mapping[str, Any]) -> partial[Any]:
     """Return what builds the network of a path or a genotype, called with ``num_classes`` and further arguments.
 
     These are those of timm's ``MobileNetV3`` or :class:`nni_cream.models.darts.DartsNetwork`.

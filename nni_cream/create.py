@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -166,7 +165,7 @@ def _reduction_of_timm(name: str) -> int | None:
 
 
 def _build(described: Description, weights_file: Path, pretrained: bool, requested: dict[str, Any]) -> nn.Module:
-    builder: partial[nn.Module] = network_builder(described.architecture, described.size)
+    builder = network_builder(described.architecture, described.size)
     if described.architecture.startswith("["):
         kind, first_conv, reduction, levels = "cream", "conv_stem", 32, 5
     else:

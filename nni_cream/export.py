@@ -110,7 +110,7 @@ def export_checkpoint(
     notes = _notes(checkpoint, prepared)
     with warnings.catch_warnings():
         # What PyTorch's exporters say of their own code, and that sizes become constants, as they should.
-        for category in (DeprecationWarning, FutureWarning, torch.jit.TracerWarning):
+        for category in (DeprecationWarning, FutureWarning, torch.jit.TracerWarning):  # type: ignore[attr-defined]
             warnings.simplefilter("ignore", category)
         content, run, found = _EXPORTERS[form](network, images[:2], notes, opset)
     difference = largest_difference(network, run, images)
