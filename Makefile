@@ -43,5 +43,5 @@ $(VENV)/installed: setup.py constraints.txt
 
 $(VENV)/installed-dev: $(VENV)/installed
 	@echo "installing what the tests need ..."
-	@$(PIP_INSTALL) --editable ".[dev,elpv]"
+	@$(PIP_INSTALL) --editable ".[dev,elpv,export]"
 	@touch $@

@@ -53,6 +53,7 @@ setup(
     ],
     extras_require={
         "elpv": ["elpv-dataset>=1.0"],
+        "export": ["onnx>=1.17", "onnxruntime>=1.20", "onnxscript>=0.3"],
         "test": TEST,
         "dev": [*TEST, "ruff>=0.9", "mypy>=1.13", "types-PyYAML", "types-requests"],
     },

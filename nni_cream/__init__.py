@@ -6,9 +6,14 @@ networks in timm's registry) is added when *they* are imported, before or after 
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 import wrapt
 
 from nni_cream import compat
+
+if TYPE_CHECKING:
+    from nni_cream.create import create_child
 
 __version__ = "0.1.0"
 
@@ -27,4 +32,13 @@ def list_strategies() -> list[str]:
     return [name for name, kind in kinds if issubclass(kind, strategies.Strategy) and kind is not strategies.Strategy]
 
 
-__all__ = ["__version__", "list_strategies"]
+def __getattr__(name: str) -> Any:
+    # It needs torch and timm, which importing the package does not.
+    if name == "create_child":
+        from nni_cream.create import create_child
+
+        return create_child
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+__all__ = ["__version__", "create_child", "list_strategies"]

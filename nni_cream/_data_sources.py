@@ -23,6 +23,8 @@ from nni_cream.folders import resolved
 
 # Formats whose 16-bit grey Pillow may open as 32-bit integers.
 _SIXTEEN_BITS: Final = ("PNG", "PPM")
+
+Channels = tuple[float, float, float]
 _ELPV_LICENCE: Final = "CC BY-NC-SA 4.0, non-commercial use only"
 
 
@@ -73,8 +75,6 @@ class Source:
     Attributes:
         name: One of :data:`~nni_cream.data_names.DATA_SETS`.
         class_names: Name of each class, sorted; a label is a position in it.
-        mean: Mean of each channel of an image in [0, 1], subtracted from it.
-        std: Standard deviation of each channel, by which the result is divided.
         augmentation: The data set's defaults; what it leaves open is timm's default.
         licence: What the package that holds the images says of their use, or ``None`` if it says nothing.
         pool: All images, without those of ``test`` and ``validation``.
@@ -84,18 +84,11 @@ class Source:
 
     name: str
     class_names: tuple[str, ...]
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
     augmentation: Augmentation
     pool: Images
     test: Images | None = None
     validation: Images | None = None
     licence: str | None = None
-
-    @property
-    def in_memory(self) -> bool:
-        """Whether the images are one array; else they are files."""
-        return isinstance(self.pool.store, np.ndarray)
 
 
 def load_source(name: str, folder: Path | None, download: bool) -> Source:
@@ -131,8 +124,6 @@ def _mnist5k() -> Source:
     return Source(
         name="mnist5k",
         class_names=_DIGITS,
-        mean=_grey(0.1307),  # of MNIST's 60,000 training images
-        std=_grey(0.3081),
         augmentation=_HANDWRITING,
         pool=Images(pixels.reshape(-1, 28, 28).astype(np.uint8), labels.astype(np.int64)),
     )
@@ -144,8 +135,6 @@ def _digits() -> Source:
     return Source(
         name="digits",
         class_names=_DIGITS,
-        mean=_grey(0.3059),  # of the images outside the default test part
-        std=_grey(0.3761),
         augmentation=_HANDWRITING,
         pool=Images(np.rint(bunch.images * (255 / 16)).astype(np.uint8), bunch.target.astype(np.int64)),
     )
@@ -159,8 +148,6 @@ def _elpv() -> Source:
     return Source(
         name="elpv",
         class_names=("functional", "defective"),
-        mean=_grey(0.5953),  # of the images outside the default test part
-        std=_grey(0.1615),
         augmentation=Augmentation(scale=(0.8, 1.0), ratio=(0.9, 1.1), hflip=0.5, vflip=0.5, color_jitter=0.0),
         # The package gives the probability of a defect in thirds (0, 1/3, 2/3, 1), hence two classes of uneven size.
         pool=Images(pixels, (probability > 0.5).astype(np.int64)),
@@ -169,7 +156,7 @@ def _elpv() -> Source:
 
 
 def _cifar(name: str, folder: Path, download: bool) -> Source:
-    dataset, mean, std = _FROM_TORCHVISION[name]
+    dataset = _FROM_TORCHVISION[name]
     root = resolved(folder)
     try:
         train, test = (dataset(str(root), train=train, download=download) for train in (True, False))
@@ -183,8 +170,6 @@ def _cifar(name: str, folder: Path, download: bool) -> Source:
     return Source(
         name=name,
         class_names=tuple(train.classes),
-        mean=mean,
-        std=std,
         # At least as much of the image as a 32 x 32 crop out of 4 pixels of padding keeps: (28 / 32)^2.
         augmentation=Augmentation(scale=(0.77, 1.0), ratio=(0.9, 1.1), hflip=0.5, color_jitter=0.0),
         pool=Images(train.data, np.array(train.targets, dtype=np.int64)),
@@ -220,8 +205,7 @@ def _folder(root: Path) -> Source:
 def _from_files(
     name: str, class_names: tuple[str, ...], pool: Images, test: Images | None = None, validation: Images | None = None
 ) -> Source:
-    mean, std = IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-    return Source(name, class_names, mean, std, Augmentation(), pool, test, validation)
+    return Source(name, class_names, Augmentation(), pool, test, validation)
 
 
 def _class_folders(root: Path) -> tuple[str, ...]:
@@ -266,7 +250,7 @@ def _imported(module: str, name: str, requirement: str, note: str = "") -> Any:
         ) from error
 
 
-def _grey(value: float) -> tuple[float, float, float]:
+def _grey(value: float) -> Channels:
     return (value, value, value)
 
 
@@ -275,8 +259,17 @@ _DIGITS: Final = tuple("0123456789")
 _HANDWRITING: Final = Augmentation(scale=(0.85, 1.0), ratio=(0.9, 1.1), hflip=0.0, color_jitter=0.0)
 _FROM_PACKAGES: Final[Mapping[str, Callable[[], Source]]] = {"mnist5k": _mnist5k, "digits": _digits, "elpv": _elpv}
 _FROM_FOLDERS: Final[Mapping[str, Callable[[Path], Source]]] = {"imagenet": _imagenet, "folder": _folder}
-# Mean and standard deviation of the training parts.
-_FROM_TORCHVISION: Final[Mapping[str, tuple[Any, tuple[float, float, float], tuple[float, float, float]]]] = {
-    "cifar10": (CIFAR10, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
-    "cifar100": (CIFAR100, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+_FROM_TORCHVISION: Final[Mapping[str, Any]] = {"cifar10": CIFAR10, "cifar100": CIFAR100}
+
+# Data sets whose images are files, of any size; those of all others are one array.
+OF_FILES: Final = tuple(_FROM_FOLDERS)
+# Mean of each channel of an image in [0, 1], and its standard deviation.
+STATISTICS: Final[Mapping[str, tuple[Channels, Channels]]] = {
+    "mnist5k": (_grey(0.1307), _grey(0.3081)),  # of MNIST's 60,000 training images
+    "digits": (_grey(0.3059), _grey(0.3761)),  # of the images outside the default test part
+    "elpv": (_grey(0.5953), _grey(0.1615)),  # likewise
+    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),  # of the training part
+    "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),  # likewise
+    "imagenet": (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),
+    "folder": (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),
 }

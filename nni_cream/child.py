@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -41,6 +43,41 @@ _FIELDS: Final[dict[str, tuple[Callable[[Any], bool], str]]] = {
     "space": (lambda value: isinstance(value, dict), "a group of the space's arguments"),
 }
 _SHOWN_CHARACTERS: Final = 100
+_UNTRACKED: Final = ".num_batches_tracked"
+
+
+@dataclass(frozen=True)
+class Description:
+    """What a file of ours says of the network in it.
+
+    Attributes:
+        architecture: as of :func:`build_network`.
+        num_classes: number of classes that it tells apart.
+        data: settings of the data that they are classes of (``name``, ``folder``, ``resolution``, …).
+        size: as of :func:`build_network`.
+    """
+
+    architecture: str
+    num_classes: int
+    data: Mapping[str, Any]
+    size: Mapping[str, Any]
+
+    @classmethod
+    def of_notes(cls, notes: Mapping[str, str], file: Path) -> Description:
+        """Read the notes that :func:`save_network` has left in ``file``.
+
+        Raises:
+            UserError: if they are damaged.
+        """
+        try:
+            return cls(
+                notes["architecture"],
+                int(notes["num_classes"]),
+                dict(json.loads(notes["data"])),
+                dict(json.loads(notes.get("size", "{}"))),
+            )
+        except (KeyError, TypeError, ValueError, RecursionError) as error:
+            raise UserError(f"The notes in {file} are damaged: {error!r}; copy it once more.") from None
 
 
 @dataclass(frozen=True)
@@ -69,15 +106,21 @@ class Child:
     runners_up: list[dict[str, Any]] = field(default_factory=list)
     space: dict[str, Any] = field(default_factory=dict)
 
+    def description(self) -> Description:
+        """Describe the network that the search has left."""
+        size = {"kind": "search", **self.space} if self.space else {}
+        return Description(str(self.architecture), self.num_classes, self.data, size)
+
     def save(self, file: Path, network: nn.Module) -> None:
         """Write ``file`` and, first, the weights of ``network`` beside it, each atomically."""
+        described = self.description()
         save_network(
             file.with_suffix(".safetensors"),
             network,
-            architecture=str(self.architecture),
-            num_classes=self.num_classes,
-            data=self.data,
-            size={"kind": "search", **self.space} if self.space else {},
+            architecture=described.architecture,
+            num_classes=described.num_classes,
+            data=described.data,
+            size=described.size,
         )
         content = asdict(self)
         del content["architecture"]
@@ -204,45 +247,62 @@ def build_network(
         size: of a genotype, what it leaves open: ``{"kind": "search"}`` with the arguments of
             :class:`search_spaces.darts.DartsSpace`, or ``{"kind": "trained"}`` with those of
             :class:`nni_cream.models.darts.DartsNetwork`.
-        drop_rate: of the features before the classifier, in training; not in a search network.
-        drop_path_rate: of the paths, in training; not in a search network.
+        drop_rate: of the features before the classifier, in training.
+        drop_path_rate: of the paths, in training.
 
     Raises:
         UserError: if the description is not one.
     """
-    if architecture.startswith("["):
-        from nni_cream.models.cream import build_child
-
-        return build_child(
-            CreamPath.parse(architecture), num_classes=num_classes, drop_rate=drop_rate, drop_path_rate=drop_path_rate
-        )
-    if not architecture.startswith("Genotype("):
+    rates = {"drop_rate": drop_rate, "drop_path_rate": drop_path_rate}
+    if is_timm_name(architecture):
         # Not every network of timm's can drop something.
-        rates = {"drop_rate": drop_rate, "drop_path_rate": drop_path_rate}
         network: nn.Module = create_timm_model(
             architecture, num_classes=num_classes, **{name: rate for name, rate in rates.items() if rate > 0}
         )
         return network
-    genotype = Genotype.parse(architecture)
-    arguments = {key: value for key, value in size.items() if key != "kind"}
+    builder = network_builder(architecture, size)
     try:
-        if size.get("kind") not in ("search", "trained"):
-            raise UserError(
-                f"The size of the network, {dict(size)}, is not one of a genotype: its 'kind' is search or trained."
-            )
-        if size["kind"] == "search":
-            from search_spaces.darts import DartsSpace
-
-            space = DartsSpace(num_classes, **arguments)
-            search_network: nn.Module = space.freeze(space.sample(genotype))
-            return search_network
-        from nni_cream.models.darts import build_darts
-
-        return build_darts(
-            genotype, num_classes=num_classes, drop_rate=drop_rate, drop_path_rate=drop_path_rate, **arguments
-        )
+        network = builder(num_classes=num_classes, **rates)
     except TypeError as error:
         raise UserError(f"The size of the network, {dict(size)}, is not one of a genotype: {error}.") from None
+    return network
+
+
+def is_timm_name(architecture: str) -> bool:
+    """Tell whether ``architecture`` is neither the text of a path nor of a genotype."""
+    return not architecture.startswith(("[", "Genotype("))
+
+
+def network_builder(architecture: str, size: Mapping[str, Any]) -> partial[Any]:
+    """Return what builds the network of a path or a genotype, called with ``num_classes`` and further arguments.
+
+    These are those of timm's ``MobileNetV3`` or :class:`nni_cream.models.darts.DartsNetwork`.
+
+    Args:
+        architecture: the text of a path or a genotype.
+        size: as of :func:`build_network`.
+
+    Raises:
+        UserError: as :func:`build_network`.
+    """
+    if architecture.startswith("["):
+        from nni_cream.models.cream import build_child
+
+        return partial(build_child, CreamPath.parse(architecture))
+    from nni_cream.models.darts import build_darts, searched_size
+
+    genotype = Genotype.parse(architecture)
+    arguments = {key: value for key, value in size.items() if key != "kind"}
+    if size.get("kind") not in ("search", "trained"):
+        raise UserError(
+            f"The size of the network, {dict(size)}, is not one of a genotype: its 'kind' is search or trained."
+        )
+    if size["kind"] == "search":
+        try:
+            arguments = searched_size(genotype, **arguments)
+        except TypeError as error:
+            raise UserError(f"The size of the network, {dict(size)}, is not one of a genotype: {error}.") from None
+    return partial(build_darts, genotype, **arguments)
 
 
 def create_timm_model(name: str, **arguments: Any) -> Any:
@@ -304,12 +364,28 @@ def read_network(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     Raises:
         UserError: if it is none.
     """
+    with _opened(file) as content:
+        names = content.keys()
+        return {name: content.get_tensor(name) for name in names}, content.metadata() or {}
+
+
+def read_notes(file: Path) -> dict[str, str]:
+    """Read the notes in a safetensors file alone.
+
+    Raises:
+        UserError: if it is none.
+    """
+    with _opened(file) as content:
+        return content.metadata() or {}
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[Any]:
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(file, "pt") as content:
-            names = content.keys()
-            return {name: content.get_tensor(name) for name in names}, content.metadata() or {}
+            yield content
     except (OSError, SafetensorError) as error:
         raise UserError(
             f"{file} is not a safetensors file: {str(error).rstrip('.')}; it is damaged or of another kind, so copy it "
@@ -350,10 +426,27 @@ def fit_weights(network: nn.Module, weights: Mapping[str, Any], file: Path, name
         name: what the network is called there.
 
     Raises:
-        UserError: if an entry is missing, surplus or of another shape; the network is as before then.
+        UserError: as :func:`refuse_misfit`; the network is as before then.
     """
-    expected = network.state_dict()
-    if odd := sorted(weights.keys() ^ expected.keys()):
+    refuse_misfit(network.state_dict(), weights, file, name)
+    network.load_state_dict(dict(weights))
+
+
+def refuse_misfit(expected: Mapping[str, Any], weights: Mapping[str, Any], file: Path, name: str) -> None:
+    """Make sure that ``weights`` have the entries and shapes of the state dict ``expected``.
+
+    Args:
+        expected: of the network.
+        weights: what should be its state dict. Files that are older than PyTorch 0.4.1 do not count the batches that
+            their batch norms have seen; in evaluation nobody asks for that.
+        file: where they come from, for the error.
+        name: what the network is called there.
+
+    Raises:
+        UserError: if an entry is missing, surplus or of another shape.
+    """
+    untracked = {key for key in expected.keys() - weights.keys() if key.endswith(_UNTRACKED)}
+    if odd := sorted((weights.keys() ^ expected.keys()) - untracked):
         holder = "the file" if odd[0] in weights else "the network"
         raise UserError(
             f"{file} does not fit {name}: {len(odd)} entries are only in one of them, such as {odd[0]!r} of {holder}; "
@@ -367,4 +460,3 @@ def fit_weights(network: nn.Module, weights: Mapping[str, Any], file: Path, name
                 f"{file} does not fit {name}: {key!r} {found}, but the network needs {list(expected[key].shape)}; give "
                 "the file of this network, or the network of this file."
             )
-    network.load_state_dict(weights)

@@ -22,20 +22,21 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+from timm.data.constants import DEFAULT_CROP_PCT
 from timm.data.transforms import str_to_interp_mode
 from timm.data.transforms_factory import create_transform
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision import transforms
 
-from nni_cream._data_sources import Images, Source, load_source
+from nni_cream._data_sources import OF_FILES, STATISTICS, Images, Source, load_source
 from nni_cream.cutout import Cutout
 from nni_cream.data_names import DATA_SETS, Augmentation, Fractions
 from nni_cream.errors import UserError
 from nni_cream.randomness import seed_streams, streams_kept
 from nni_cream.shards import Draw
 
-__all__ = ["DATA_SETS", "Augmentation", "DataSplits", "Fractions", "LabelledImages", "load_data"]
+__all__ = ["DATA_SETS", "Augmentation", "DataSplits", "Fractions", "LabelledImages", "load_data", "preparation"]
 
 Transform = Callable[[Image.Image], Tensor]
 
@@ -190,11 +191,12 @@ def load_data(
         _logger.info("data set %r: %s", source.name, source.licence)
     training, evaluation = _transforms(source, augmentation, resolution)
     parts = _divided(source, fractions, seed)
+    mean, std = STATISTICS[source.name]
     return DataSplits(
         name=source.name,
         class_names=source.class_names,
-        mean=source.mean,
-        std=source.std,
+        mean=mean,
+        std=std,
         licence=source.licence,
         weights=LabelledImages(*parts["weights"], training),
         architecture=LabelledImages(*parts["architecture"], evaluation),
@@ -283,10 +285,8 @@ def _transforms(source: Source, augmentation: Augmentation, resolution: int) -> 
     """The training and the evaluation transform."""
     arguments = source.augmentation.given() | augmentation.given()
     padding, cutout = arguments.pop("crop_padding", None), arguments.pop("cutout", None)
-    interpolation = arguments.get("interpolation", "bilinear")
-    if interpolation == "random":
-        interpolation = "bilinear"
-    common: dict[str, Any] = {"input_size": resolution, "mean": source.mean, "std": source.std}
+    prepared = preparation(source.name, resolution, arguments.get("interpolation"))
+    common = {name: prepared[name] for name in ("input_size", "mean", "std")}
     try:
         training = create_transform(**common, is_training=True, **arguments)
     except (AssertionError, KeyError, ValueError) as error:
@@ -294,18 +294,31 @@ def _transforms(source: Source, augmentation: Augmentation, resolution: int) -> 
         raise UserError(f"timm knows no policy augmentation.auto_augment={augmentation.auto_augment!r}.") from error
     if padding is not None:
         # In place of timm's first step, the random crop that changes the size of things.
-        resize = transforms.Resize((resolution, resolution), str_to_interp_mode(interpolation))
+        resize = transforms.Resize((resolution, resolution), str_to_interp_mode(prepared["interpolation"]))
         crop = transforms.RandomCrop(resolution, padding)
         training = transforms.Compose([resize, crop, *training.transforms[1:]])
     if cutout is not None:
         training = transforms.Compose([*training.transforms, Cutout(cutout)])
-    evaluation = create_transform(
-        **common,
-        interpolation=interpolation,
-        # A small image has no margin to give away; None is timm's default, 0.875.
-        crop_pct=1.0 if source.in_memory or resolution <= _SMALL_RESOLUTION else None,
-    )
-    return training, evaluation
+    return training, create_transform(**prepared)
+
+
+def preparation(name: str, resolution: int, interpolation: str | None = None) -> dict[str, Any]:
+    """Return how images of a data set are prepared to be measured on: arguments of ``timm.data.create_transform``.
+
+    Args:
+        name: One of :data:`DATA_SETS`.
+        resolution: Height and width, in pixels.
+        interpolation: As in :class:`Augmentation`.
+    """
+    mean, std = STATISTICS[name]
+    return {
+        "input_size": (3, resolution, resolution),
+        "interpolation": "bilinear" if interpolation in (None, "random") else interpolation,
+        "mean": mean,
+        "std": std,
+        # A small image has no margin to give away.
+        "crop_pct": DEFAULT_CROP_PCT if name in OF_FILES and resolution > _SMALL_RESOLUTION else 1.0,
+    }
 
 
 def _check_augmentation(augmentation: Augmentation) -> None:

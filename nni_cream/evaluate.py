@@ -7,13 +7,14 @@ A foreign checkpoint says neither: the caller names the network, and images are 
 
 from __future__ import annotations
 
-import json
 import re
+from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from timm.data.config import resolve_data_config
 from timm.data.transforms_factory import create_transform
 from timm.models import load_state_dict
@@ -21,6 +22,7 @@ from torch import nn
 
 from nni_cream.child import (
     NETWORK_FORMAT,
+    Description,
     build_network,
     create_timm_model,
     fit_weights,
@@ -160,17 +162,16 @@ def load_checkpoint(file: Path, model: str | None = None, *, use_ema: bool = Tru
 
 
 def _ours(file: Path, weights: Mapping[str, Any], notes: Mapping[str, str], model: str | None) -> Checkpoint:
+    described = Description.of_notes(notes, file)
+    name = described.architecture
     try:
-        name, num_classes, data = notes["architecture"], int(notes["num_classes"]), dict(json.loads(notes["data"]))
-        network = build_network(name, num_classes, dict(json.loads(notes.get("size", "{}"))))
+        network = build_network(name, described.num_classes, described.size)
     except UserError as error:
         raise UserError(f"The notes in {file} are damaged: {str(error).rstrip('.?')}; copy it once more.") from None
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"The notes in {file} are damaged: {error!r}; copy it once more.") from None
     if model not in (None, name):
         raise UserError(f"{file} holds the network {name}, not {model}; leave out --model.")
     fit_weights(network, weights, file, name)
-    return Checkpoint(name, network, num_classes, data)
+    return Checkpoint(name, network, described.num_classes, described.data)
 
 
 def _foreign(file: Path, model: str, use_ema: bool) -> Checkpoint:
@@ -178,7 +179,9 @@ def _foreign(file: Path, model: str, use_ema: bool) -> Checkpoint:
     # timm names two where a network has a second one for distillation.
     key = f"{classifier if isinstance(classifier, str) else classifier[0]}.weight"
     try:
-        weights = load_state_dict(str(file), use_ema=use_ema)
+        # The published code of Cream saves its settings too, in a class of which nothing is executed here.
+        with torch.serialization.safe_globals([(OrderedDict, "yacs.config.CfgNode")]):
+            weights = load_state_dict(str(file), use_ema=use_ema)
     # A damaged pickle can raise anything.
     except Exception as error:
         raise UserError(f"{file} cannot be read as a checkpoint: {_why_unreadable(error)}.") from None

@@ -13,8 +13,8 @@ import torch
 from nni.nas.nn.pytorch.base import MutableModule
 from torch import Tensor, nn
 
-from nni_cream.errors import UserError
 from nni_cream.genotype import CELL_INPUTS, KEPT_EDGES, CellKind, Genotype, edge_label, edges_of, inputs_label
+from nni_cream.models.darts import check_space
 from nni_cream.models.darts_operations import PAPER_OPERATIONS, FactorizedReduce, ReLUConvBN, build_candidate
 from nni_cream.supernet.fused_cell import FusedCell
 from nni_cream.supernet.mixed import ALPHAS
@@ -112,7 +112,7 @@ class DartsSpace(nas.ModelSpace):
         operations: Sequence[str] = PAPER_OPERATIONS,
     ) -> None:
         super().__init__()
-        _check(channels, cells, nodes, concat, operations)
+        check_space(channels, cells, nodes, concat, operations)
         self.operations = tuple(operations)
         self.concat = nodes if concat is None else concat
         width = STEM_MULTIPLIER * channels
@@ -171,18 +171,3 @@ def _relax_cell(
     limit = mutate_kwargs.get("skip_limit") if module.kind == "normal" else None
     relaxed = MixedCell if mutate_kwargs.get("execution") == "textbook" else FusedCell
     return relaxed(module, weights, limit), True
-
-
-def _check(channels: int, cells: int, nodes: int, concat: int | None, operations: Sequence[str]) -> None:
-    if channels < 2 or channels % 2:
-        raise UserError(f"A DARTS space has an even number of channels, at least 2, not {channels}.")
-    if cells < 3:
-        raise UserError(f"A DARTS space needs at least 3 cells, two of them reductions, not {cells}.")
-    if nodes < 1:
-        raise UserError(f"A DARTS cell needs at least 1 node, not {nodes}.")
-    if concat is not None and not 1 <= concat <= nodes:
-        raise UserError(f"The output of a DARTS cell is made of 1 to {nodes} of its nodes, not of {concat}.")
-    if len(set(operations)) != len(operations):
-        raise UserError(f"The operations of a DARTS space are {', '.join(operations)}; name each once.")
-    if not set(operations) - {"none"}:
-        raise UserError("A DARTS space needs at least one operation other than none.")

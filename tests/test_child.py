@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
@@ -14,11 +15,12 @@ from torch import nn
 
 from nni_cream import child as child_module
 from nni_cream.architecture import CreamPath
-from nni_cream.child import Candidate, Child, build_network, load_weights
+from nni_cream.child import Candidate, Child, build_network, fit_weights, load_weights
 from nni_cream.errors import UserError
-from nni_cream.genotype import Genotype
+from nni_cream.genotype import Genotype, derive_genotype
 from nni_cream.models.darts import DartsNetwork
 from search_spaces.darts import DartsSpace
+from tests.reference import apply_rule, standard_normal
 
 PATH = CreamPath.parse("[0] [0] [1] [2] [3, 1] [0] [0]")
 
@@ -303,6 +305,17 @@ class TestWrongWeights:
         assert "5 entries are only in one of them, such as '1.bias' of the file; give the file of this" in message
 
 
+def test_weights_without_the_count_of_batches_are_taken_and_nothing_else_may_lack(saved: Path) -> None:
+    network = small_network()
+    weights = dict(small_network().state_dict())
+    del weights["1.num_batches_tracked"]
+    fit_weights(network, weights, saved, "it")
+    assert all(torch.equal(network.state_dict()[name], tensor) for name, tensor in weights.items())
+    del weights["1.running_var"]
+    with pytest.raises(UserError, match=r"1 entries are only in one of them, such as '1\.running_var' of the network"):
+        fit_weights(network, weights, saved, "it")
+
+
 class TestBuiltNetwork:
     def test_of_a_genotype_as_searched_is_the_frozen_space(self) -> None:
         network = build_network(str(GENOTYPE), 7, {"kind": "search", **SPACE})
@@ -314,6 +327,22 @@ class TestBuiltNetwork:
         images = torch.rand(2, 3, 16, 16)
         assert torch.equal(network.eval()(images), frozen.eval()(images))
         assert network(images).shape == (2, 7)
+
+    @pytest.mark.parametrize("seed", range(3))
+    def test_of_any_genotype_as_searched_is_the_frozen_space(self, seed: int) -> None:
+        space = DartsSpace(3, channels=4, cells=5, nodes=3, concat=2)
+        random = np.random.RandomState(seed)
+        alphas: Any = {kind: random.randn(9, len(space.operations)) for kind in ("normal", "reduce")}
+        genotype = derive_genotype(alphas, space.operations, concat=2)
+        frozen = space.freeze(space.sample(genotype)).double()
+        apply_rule(frozen, seed=str(seed))
+        size = {"kind": "search", "channels": 4, "cells": 5, "nodes": 3, "concat": 2}
+        network = build_network(str(genotype), 3, size).double()
+        assert list(network.state_dict()) == list(frozen.state_dict())
+        network.load_state_dict(frozen.state_dict())
+        images = standard_normal(seed, 2, 3, 16, 16)
+        assert torch.equal(network.eval()(images), frozen.eval()(images))
+        assert torch.equal(network.train()(images), frozen.train()(images))
 
     def test_of_a_genotype_as_trained_is_of_the_given_size(self) -> None:
         size = {"kind": "trained", "channels": 6, "cells": 4, "stem": "imagenet", "auxiliary": True}

@@ -557,6 +557,7 @@ class TestNames:
     def test_every_name_has_a_source(self) -> None:
         tables = (_data_sources._FROM_PACKAGES, _data_sources._FROM_TORCHVISION, _data_sources._FROM_FOLDERS)
         assert sorted(name for table in tables for name in table) == sorted(DATA_SETS)
+        assert sorted(_data_sources.STATISTICS) == sorted(DATA_SETS)
 
     def test_names_come_without_torch(self) -> None:
         program = "import sys, nni_cream.data_names; print({'torch', 'timm', 'torchvision'} & set(sys.modules))"

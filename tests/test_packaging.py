@@ -23,7 +23,7 @@ OF_CUDA = re.compile(r"(nvidia|cuda)-(?!ml-py)|triton$")
 def test_pip_install_into_an_empty_environment_works_from_any_folder(repository: Path, tmp_path: Path) -> None:
     venv.create(tmp_path / "venv", with_pip=True)
     python = tmp_path / "venv/bin/python"
-    everything = f"{repository}[dev,elpv]"
+    everything = f"{repository}[dev,elpv,export]"
     install = [python, "-m", "pip", "install", "--quiet", "--constraint", repository / "constraints.txt", everything]
     subprocess.run(install, check=True, capture_output=True, text=True, timeout=1200)
     # -I keeps the current folder and PYTHONPATH out, so only what was installed can be found.
@@ -72,7 +72,7 @@ def pins(repository: Path) -> dict[str, str]:
 
 def test_constraints_name_every_installed_dependency(repository: Path) -> None:
     pinned = pins(repository)
-    waiting = ["nni_cream[dev,elpv]"]
+    waiting = ["nni_cream[dev,elpv,export]"]
     seen: set[str] = set()
     while waiting:
         wanted = Requirement(waiting.pop())

@@ -184,20 +184,18 @@ def network_arguments(strings: list[list[str]]) -> dict[str, Any]:
     }
 
 
-def build_child(
-    path: CreamPath, *, num_classes: int, drop_rate: float = 0.0, drop_path_rate: float = 0.0
-) -> MobileNetV3:
+def build_child(path: CreamPath, *, num_classes: int, **arguments: Any) -> MobileNetV3:
     """Build the network of a searched path: [N, 3, R, R] to logits [N, num_classes].
+
+    Args:
+        path: the path.
+        num_classes: number of classes; 0 for features in place of logits.
+        arguments: further ones of timm's ``MobileNetV3``, such as ``drop_rate``.
 
     Raises:
         UserError: as :func:`block_strings`.
     """
-    network = MobileNetV3(
-        num_classes=num_classes,
-        drop_rate=drop_rate,
-        drop_path_rate=drop_path_rate,
-        **network_arguments(block_strings(path)),
-    )
+    network = MobileNetV3(num_classes=num_classes, **{**network_arguments(block_strings(path)), **arguments})
     blocks: Any = network.blocks
     for stage, chosen in zip(blocks, path.stages, strict=True):
         for position, index in enumerate(chosen):
@@ -207,6 +205,7 @@ def build_child(
                     placeholder.conv_pw.in_channels, placeholder.conv_pwl.out_channels, placeholder.conv_dw.stride[0]
                 )
                 efficientnet_init_weights(block)
+                block.to(placeholder.conv_pw.weight)
                 if isinstance(block, Bottleneck | BasicBlock):
                     block.drop_path = placeholder.drop_path
                 stage[position] = block

@@ -6,7 +6,7 @@ code, whose names of weights are kept: published checkpoints load as they are.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal, NamedTuple, get_args
 
@@ -20,8 +20,14 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from nni_cream.errors import UserError
-from nni_cream.genotype import CELL_INPUTS, KEPT_EDGES, PUBLISHED_GENOTYPES, CellKind, Genotype
-from nni_cream.models.darts_operations import FactorizedReduce, ReLUConvBN, build_operation
+from nni_cream.genotype import CELL_INPUTS, KEPT_EDGES, NONE, PUBLISHED_GENOTYPES, CellKind, Genotype
+from nni_cream.models.darts_operations import (
+    PAPER_OPERATIONS,
+    FactorizedReduce,
+    ReLUConvBN,
+    build_operation,
+    build_searched,
+)
 
 Stem = Literal["cifar", "imagenet"]
 
@@ -49,6 +55,8 @@ class Cell(nn.Module):
         last_channels: channels of the output of the last cell.
         channels: channels of every node, C.
         after_reduction: whether the last cell was a reduction, so that the one before is twice as large.
+        searched: whether it is a cell as the search leaves it: no batch norm scales or shifts, every pool is followed
+            by one, and the weights have the names that they have in :class:`search_spaces.darts.DartsSpace`.
 
     Raises:
         UserError: if the genotype names an operation that does not exist, or a reduction is asked for an odd number of
@@ -64,6 +72,7 @@ class Cell(nn.Module):
         channels: int,
         *,
         after_reduction: bool,
+        searched: bool = False,
     ) -> None:
         super().__init__()
         edges = genotype.edges(kind)
@@ -71,12 +80,18 @@ class Cell(nn.Module):
         self.concat = genotype.concat(kind)
         self.out_channels = channels * len(self.concat)
         adapt = FactorizedReduce if after_reduction else ReLUConvBN
-        self.preprocess0 = adapt(before_channels, channels, affine=True)
-        self.preprocess1 = ReLUConvBN(last_channels, channels, affine=True)
-        self._ops = nn.ModuleList(
-            build_operation(name, channels, 2 if kind == "reduce" and state < CELL_INPUTS else 1, affine=True)
-            for name, state in edges
-        )
+        self.preprocess0 = adapt(before_channels, channels, affine=not searched)
+        self.preprocess1 = ReLUConvBN(last_channels, channels, affine=not searched)
+        operations = nn.ModuleList()
+        for name, state in edges:
+            stride = 2 if kind == "reduce" and state < CELL_INPUTS else 1
+            operations.append(
+                build_searched(name, channels, stride)
+                if searched
+                else build_operation(name, channels, stride, affine=True)
+            )
+        self._operations_name = "edges" if searched else "_ops"
+        self.add_module(self._operations_name, operations)
         self.drop_path = DropPath()
 
     def forward(self, before: Tensor, last: Tensor) -> Tensor:
@@ -87,7 +102,7 @@ class Cell(nn.Module):
         return torch.cat([states[state] for state in self.concat], dim=1)
 
     def _edge(self, edge: int, states: list[Tensor]) -> Tensor:
-        operation = self._ops[edge]
+        operation = getattr(self, self._operations_name)[edge]
         features: Tensor = operation(states[self.inputs[edge]])
         if isinstance(operation, nn.Identity):
             return features
@@ -170,6 +185,7 @@ class DartsNetwork(nn.Module):
         auxiliary: whether there is an auxiliary head, behind the second reduction cell.
         drop_rate: probability of dropping a feature before the classifier (dropout).
         drop_path_rate: probability of dropping an edge for a sample, the same in all cells; see :class:`Cell`.
+        searched: whether the cells are as a search leaves them; see :class:`Cell`.
         device: where the weights are put.
         dtype: type of the weights.
 
@@ -195,6 +211,7 @@ class DartsNetwork(nn.Module):
         auxiliary: bool = False,
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
+        searched: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -238,7 +255,15 @@ class DartsNetwork(nn.Module):
             kind: CellKind = "reduce" if index in reductions else "normal"
             if kind == "reduce":
                 channels *= 2
-            cell = Cell(genotype, kind, before_channels, last_channels, channels, after_reduction=after_reduction)
+            cell = Cell(
+                genotype,
+                kind,
+                before_channels,
+                last_channels,
+                channels,
+                after_reduction=after_reduction,
+                searched=searched,
+            )
             stack.append(cell)
             before_channels, last_channels = last_channels, cell.out_channels
             after_reduction = kind == "reduce"
@@ -420,32 +445,66 @@ class DartsNetwork(nn.Module):
             raise UserError("DARTS networks have no gradient checkpointing; train with smaller batches instead.")
 
 
-def build_darts(
-    genotype: Genotype,
-    *,
-    num_classes: int,
-    channels: int,
-    cells: int,
-    stem: Stem,
-    auxiliary: bool = False,
-    drop_rate: float = 0.0,
-    drop_path_rate: float = 0.0,
-) -> DartsNetwork:
-    """Build the network of a searched genotype: [N, 3, R, R] to logits [N, num_classes]; see :class:`DartsNetwork`.
+def build_darts(genotype: Genotype, *, num_classes: int, **arguments: Any) -> DartsNetwork:
+    """Build the network of a searched genotype: [N, 3, R, R] to logits [N, num_classes].
+
+    Args:
+        genotype: the two cells.
+        num_classes: number of classes.
+        arguments: further ones of :class:`DartsNetwork`.
 
     Raises:
         UserError: as :class:`DartsNetwork`.
     """
-    return DartsNetwork(
-        genotype,
-        channels=channels,
-        cells=cells,
-        stem=stem,
-        num_classes=num_classes,
-        auxiliary=auxiliary,
-        drop_rate=drop_rate,
-        drop_path_rate=drop_path_rate,
-    )
+    return DartsNetwork(genotype, num_classes=num_classes, **arguments)
+
+
+def searched_size(
+    genotype: Genotype,
+    *,
+    channels: int = 16,
+    cells: int = 8,
+    nodes: int = 4,
+    concat: int | None = None,
+    operations: Sequence[str] = PAPER_OPERATIONS,
+) -> dict[str, Any]:
+    """Return the arguments with which :class:`DartsNetwork` is what a search has left of its space.
+
+    Args:
+        genotype: what the search has found.
+        channels: as of :class:`search_spaces.darts.DartsSpace`, and so are the others.
+        cells: likewise.
+        nodes: likewise.
+        concat: likewise.
+        operations: likewise.
+
+    Raises:
+        UserError: if there is no such space, or the genotype is not one of it.
+    """
+    check_space(channels, cells, nodes, concat, operations)
+    # It knows what a space cannot say.
+    genotype.to_sample(operations)
+    return {"channels": channels, "cells": cells, "stem": "cifar", "searched": True}
+
+
+def check_space(channels: int, cells: int, nodes: int, concat: int | None, operations: Sequence[str]) -> None:
+    """Make sure that there is a :class:`search_spaces.darts.DartsSpace` of these arguments.
+
+    Raises:
+        UserError: if there is none.
+    """
+    if channels < 2 or channels % 2:
+        raise UserError(f"A DARTS space has an even number of channels, at least 2, not {channels}.")
+    if cells < 3:
+        raise UserError(f"A DARTS space needs at least 3 cells, two of them reductions, not {cells}.")
+    if nodes < 1:
+        raise UserError(f"A DARTS cell needs at least 1 node, not {nodes}.")
+    if concat is not None and not 1 <= concat <= nodes:
+        raise UserError(f"The output of a DARTS cell is made of 1 to {nodes} of its nodes, not of {concat}.")
+    if len(set(operations)) != len(operations):
+        raise UserError(f"The operations of a DARTS space are {', '.join(operations)}; name each once.")
+    if not set(operations) - {NONE}:
+        raise UserError("A DARTS space needs at least one operation other than none.")
 
 
 def checkpoint_filter_fn(state_dict: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:

@@ -176,8 +176,8 @@ def build_operation(name: str, channels: int, stride: int, *, affine: bool) -> n
     return operation
 
 
-def build_candidate(name: str, channels: int, stride: int) -> nn.Module:
-    """Build an operation of a search network: no batch norm scales or shifts, and every pool is followed by one.
+def build_searched(name: str, channels: int, stride: int) -> nn.Module:
+    """Build an operation as a search leaves it: no batch norm scales or shifts, and every pool is followed by one.
 
     Raises:
         UserError: as :func:`build_operation`.
@@ -185,4 +185,13 @@ def build_candidate(name: str, channels: int, stride: int) -> nn.Module:
     operation = build_operation(name, channels, stride, affine=False)
     if isinstance(operation, nn.MaxPool2d | nn.AvgPool2d):
         return nn.Sequential(operation, nn.BatchNorm2d(channels, affine=False))
-    return with_explicit_derivatives(operation)
+    return operation
+
+
+def build_candidate(name: str, channels: int, stride: int) -> nn.Module:
+    """Build an operation of a search network: as :func:`build_searched`, for derivatives of any order.
+
+    Raises:
+        UserError: as :func:`build_operation`.
+    """
+    return with_explicit_derivatives(build_searched(name, channels, stride))

@@ -152,13 +152,6 @@ class TestTimmConventions:
         # The classifier is 1280 × classes + classes.
         assert parameters(network) == REFERENCE["published"]["14"]["params"] - 990 * 1281
 
-    def test_reset_classifier(self) -> None:
-        network = timm.create_model("cream_43")
-        network.reset_classifier(5)
-        assert network(torch.empty(2, 3, 96, 96)).shape == (2, 5)
-        network.reset_classifier(0)
-        assert network(torch.empty(2, 3, 96, 96)).shape == (2, 1280)
-
     def test_features_only(self) -> None:
         network = timm.create_model("cream_14", features_only=True)
         assert network.feature_info.channels() == [16, 24, 40, 96, 320]
