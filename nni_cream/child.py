@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 FORMAT: Final = "nni_cream.child/1"
 NETWORK_FORMAT: Final = "nni_cream.network/1"
+# What the notes in a file say of averaged weights.
+AVERAGED: Final = "ema"
 PUBLISHED_FALLBACK: Final = "cream_14"
 
 # The key under which a child file has its architecture.
@@ -331,6 +333,7 @@ def save_network(
     num_classes: int,
     data: Mapping[str, Any],
     size: Mapping[str, Any],
+    averaged: bool = False,
 ) -> None:
     """Write the weights of ``network``, and what they are of, as a safetensors file, atomically.
 
@@ -341,6 +344,7 @@ def save_network(
         num_classes: number of classes that it tells apart.
         data: settings of the data that they are classes of (``name``, ``folder``, ``resolution``, …).
         size: as of :func:`build_network`.
+        averaged: whether they are averages of weights, and the plain ones are beside them.
     """
     from safetensors.torch import save
 
@@ -353,6 +357,8 @@ def save_network(
     }
     if size:
         notes["size"] = json.dumps(size)
+    if averaged:
+        notes["weights"] = AVERAGED
     # Not save_file: what it makes nobody but its owner may read, and a full disk is no OSError of it.
     content = save(weights, metadata=notes)
     write_atomically(file, lambda temporary: temporary.write_bytes(content))
@@ -414,6 +420,11 @@ def weights_beside(file: Path) -> Path:
     if not weights_file.exists():
         raise UserError(f"There are no weights {weights_file} beside {file}; copy both from the search.")
     return weights_file
+
+
+def plain_beside(file: Path) -> Path:
+    """Return the file of the plain weights that belong to one of averaged weights, whether or not it exists."""
+    return file.with_stem(f"{file.stem}_plain")
 
 
 def fit_weights(network: nn.Module, weights: Mapping[str, Any], file: Path, name: str) -> None:

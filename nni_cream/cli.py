@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -74,6 +74,30 @@ def overrides_of(arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.name is not None:
         overrides["name"] = arguments.name
     return {**overrides, **tuner_parameters()}
+
+
+def refuse_nni(what: str) -> None:
+    """Make sure that this is no trial of NNI's, which reports one training.
+
+    Raises:
+        UserError: if it is; ``what`` trains several.
+    """
+    if "NNI_PLATFORM" in os.environ:
+        raise UserError(
+            f"{what} trains several times, and a trial of NNI reports one training: let the search space give each "
+            "trial its seed (seed: {_type: choice, _value: [0, 1, 2]})."
+        )
+
+
+def refuse_twice(option: str, values: Sequence[object]) -> None:
+    """Make sure that an option names nothing twice.
+
+    Raises:
+        UserError: if it does.
+    """
+    for value in values:
+        if values.count(value) > 1:
+            raise UserError(f"{option} names {value} twice; name it once.")
 
 
 def open_run(recipe: Recipe, output: Path | None) -> RunDirectory:

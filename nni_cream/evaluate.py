@@ -21,11 +21,13 @@ from timm.models import load_state_dict
 from torch import nn
 
 from nni_cream.child import (
+    AVERAGED,
     NETWORK_FORMAT,
     Description,
     build_network,
     create_timm_model,
     fit_weights,
+    plain_beside,
     read_network,
     weights_beside,
 )
@@ -85,7 +87,7 @@ def evaluate(recipe: EvaluationRecipe, file: Path, model: str | None = None, *, 
         recipe: data, where it is other than stored in the file, and device.
         file: a checkpoint, or the ``child.json`` beside one.
         model: timm's name of the network, which a foreign checkpoint needs.
-        use_ema: take the averaged weights of a foreign checkpoint that has both.
+        use_ema: take the averaged weights of a checkpoint that has both.
 
     Raises:
         UserError: as :func:`load_checkpoint`, and if the data is not what the network is for.
@@ -143,7 +145,7 @@ def load_checkpoint(file: Path, model: str | None = None, *, use_ema: bool = Tru
     Args:
         file: the checkpoint, or the ``child.json`` beside one.
         model: timm's name of the network, which a foreign checkpoint needs.
-        use_ema: take the averaged weights of a foreign checkpoint that has both.
+        use_ema: take the averaged weights of a checkpoint that has both.
 
     Raises:
         UserError: if the file cannot be read, or is not of that network, or nobody says of which network it is.
@@ -154,6 +156,11 @@ def load_checkpoint(file: Path, model: str | None = None, *, use_ema: bool = Tru
         file = weights_beside(file)
     if file.suffix == ".safetensors":
         weights, notes = read_network(file)
+        if notes.get("weights") == AVERAGED and not use_ema:
+            file = plain_beside(file)
+            if not file.is_file():
+                raise UserError(f"There are no plain weights {file} beside the averaged ones; copy both files.")
+            weights, notes = read_network(file)
         if notes.get("format") == NETWORK_FORMAT:
             return _ours(file, weights, notes, model)
     if model is None:

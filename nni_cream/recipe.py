@@ -180,7 +180,8 @@ def _inherited(given: dict[str, Any], inherited: dict[str, Any], origin: str) ->
 class Optimizer(Settings):
     """Arguments of ``timm.optim.create_optimizer_v2``.
 
-    ``execution`` is how torch runs a step of its own optimizers; None is its own choice.
+    ``eps`` is added to what adaptive ones divide by; None is the optimizer's own. ``execution`` is how torch runs a
+    step of its own optimizers; None is its own choice.
     """
 
     name: str = "sgd"
@@ -188,6 +189,7 @@ class Optimizer(Settings):
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     weight_decay: NotNegative = 1e-4
     filter_bias_and_bn: bool = True
+    eps: PositiveFloat | None = None
     execution: Literal["foreach", "fused"] | None = None
 
     @model_validator(mode="after")
@@ -208,19 +210,22 @@ class Optimizer(Settings):
             "momentum": self.momentum,
             "weight_decay": self.weight_decay,
             "filter_bias_and_bn": self.filter_bias_and_bn,
+            **({} if self.eps is None else {"eps": self.eps}),
             **({self.execution: True} if self.execution else {}),
         }
 
 
 class Schedule(Settings):
-    """How the learning rate falls: ``linear`` and ``cosine`` to ``min_lr``, ``exponential`` by a factor every epoch.
+    """How the learning rate falls: ``linear`` and ``cosine`` to ``min_lr``, ``exponential`` by ``decay_rate``.
 
-    It changes after every step, so that the last one has ``min_lr``, or after every epoch.
+    It changes after every step, so that the last one has ``min_lr``, or after every epoch; the exponential one, every
+    ``decay_epochs`` epochs.
     """
 
     name: Literal["linear", "cosine", "exponential", "constant"] = "linear"
     interval: Literal["step", "epoch"] = "step"
     decay_rate: Annotated[float, Field(gt=0, le=1)] = 0.97
+    decay_epochs: PositiveFloat = 1.0
     warmup_epochs: Annotated[int, Field(ge=0)] = 0
     warmup_lr: NotNegative = 1e-6
     min_lr: NotNegative = 0.0
@@ -229,7 +234,7 @@ class Schedule(Settings):
         """Return the settings under timm's names; a straight line is a polynomial of power 1 there."""
         shapes: dict[str, dict[str, Any]] = {
             "linear": {"sched": "poly", "decay_rate": 1.0},
-            "exponential": {"sched": "step", "decay_rate": self.decay_rate, "decay_epochs": 1},
+            "exponential": {"sched": "step", "decay_rate": self.decay_rate, "decay_epochs": self.decay_epochs},
         }
         return {
             **shapes.get(self.name, {"sched": self.name}),
@@ -374,6 +379,44 @@ class DartsNetworkSettings(Settings):
     auxiliary: bool = False
 
 
+class Ema(Settings):
+    """The exponential moving average of the weights, ``timm.utils.ModelEmaV3``; without a ``decay`` there is none.
+
+    In every step it keeps ``decay`` of itself and takes the rest from the network. With ``warmup`` it forgets the early
+    steps faster: the decay is 1 - (1 + steps before)^(-2/3) as long as that is smaller.
+    """
+
+    decay: Annotated[float, Field(gt=0, lt=1)] | None = None
+    warmup: bool = True
+
+    def timm_arguments(self) -> dict[str, Any] | None:
+        """Return the settings under timm's names, or None where nothing is averaged."""
+        return None if self.decay is None else {"decay": self.decay, "use_warmup": self.warmup}
+
+
+class MixingSettings(Settings):
+    """Arguments of :class:`nni_cream.mixing.Mixing`: ``mixup`` and ``cutmix`` are their α, 0 for none."""
+
+    mixup: Annotated[float, Field(ge=0, le=1000)] = 0.0
+    cutmix: Annotated[float, Field(ge=0, le=1000)] = 0.0
+    prob: Share = 1.0
+    switch_prob: Share = 0.5
+    off_epoch: PositiveInt | None = None
+
+    @property
+    def wanted(self) -> bool:
+        """Whether any images are mixed."""
+        return self.mixup > 0 or self.cutmix > 0
+
+    @model_validator(mode="after")
+    def _ends_what_there_is(self) -> MixingSettings:
+        if self.off_epoch is not None and not self.wanted:
+            raise ValueError(
+                f"off_epoch is {self.off_epoch}, but with mixup and cutmix of 0 nothing is mixed: give one of them"
+            )
+        return self
+
+
 class Recipe(Settings):
     """What a search and a training have in common.
 
@@ -488,7 +531,7 @@ class RetrainRecipe(Recipe):
     """The training of one network.
 
     ``rank`` says which of the paths that a search found, 1 being the best; ``darts`` is for genotypes, whose drop path
-    rises from 0 to its rate.
+    rises from 0 to its rate. With ``ema.decay`` the averaged weights are the result, beside the plain ones.
     """
 
     rank: PositiveInt = 1
@@ -499,8 +542,19 @@ class RetrainRecipe(Recipe):
     gradient_clip: PositiveFloat | None = None
     auxiliary_weight: NotNegative = 0.4
     inherit_weights: bool = False
+    mixing: MixingSettings = MixingSettings()
+    ema: Ema = Ema()
     device: TrainingDevice = TrainingDevice()
     darts: DartsNetworkSettings = DartsNetworkSettings()
+
+    @model_validator(mode="after")
+    def _images_are_mixed_in_pairs(self) -> RetrainRecipe:
+        if self.mixing.wanted and self.data.batch_size % 2:
+            raise ValueError(
+                f"data.batch_size is {self.data.batch_size}, but mixing.mixup and mixing.cutmix take the images of a "
+                "batch in pairs: make it even"
+            )
+        return self
 
 
 class EvaluationRecipe(Settings):

@@ -12,10 +12,11 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import nn
 
 from nni_cream.checkpoints import find_checkpoint
-from nni_cream.child import Candidate, Child, build_network, load_weights, save_network
+from nni_cream.child import Candidate, Child, build_network, load_weights, plain_beside, save_network
 from nni_cream.cost import measure_network
 from nni_cream.errors import UserError
 from nni_cream.genotype import Genotype
+from nni_cream.mixing import Mixing
 from nni_cream.models.darts import DartsNetwork
 from nni_cream.ranks import is_first
 from nni_cream.recipe import RetrainRecipe, complaint, to_yaml
@@ -29,6 +30,8 @@ from nni_cream.trouble import named_batch
 def retrain(recipe: RetrainRecipe, candidate: Candidate, directory: RunDirectory) -> float:
     """Train, test, and write the trained network into ``directory``.
 
+    With averaged weights ``model.safetensors`` and the result are theirs; the plain ones are beside it.
+
     Returns:
         The accuracy on the test part, which neither the search nor this training has seen, in [0, 1].
 
@@ -40,7 +43,7 @@ def retrain(recipe: RetrainRecipe, candidate: Candidate, directory: RunDirectory
     reporter = Reporter(directory.path, quiet=on_terminal())
     if result_file.exists():
         print(f"{directory.path} holds a training that has ended; choose another folder with --name for a new one.")
-        result = _read_result(result_file)
+        result = read_result(result_file)
         if is_first():
             # NNI starts a trial again whose end it has not seen.
             reporter.deliver()
@@ -84,6 +87,8 @@ def retrain(recipe: RetrainRecipe, candidate: Candidate, directory: RunDirectory
         recipe.label_smoothing,
         recipe.auxiliary_weight,
         recipe.drop_path_rate,
+        mixing=_mixing(recipe, splits.num_classes),
+        ema=recipe.ema.timm_arguments(),
     )
     module.set_model(network)
     checkpoint = find_checkpoint(directory)
@@ -99,33 +104,40 @@ def retrain(recipe: RetrainRecipe, candidate: Candidate, directory: RunDirectory
         trainer.fit(module, training_loader, validation_loader, ckpt_path=checkpoint)
     # Measured again, because a training that was interrupted after its last epoch has no metrics of it any more.
     (validated,) = trainer.validate(module, validation_loader, verbose=False)
-    val_accuracy = validated["val_accuracy"]
     (tested,) = trainer.test(module, make_loader(splits.test, data, recipe.device), verbose=False)
 
-    settings = data.model_dump(mode="json")
     result = {
         "network": name,
-        "test_accuracy": tested["test_accuracy"],
-        "test_top5": tested["test_top5"],
-        "val_accuracy": val_accuracy,
+        **{key: value for key, value in tested.items() if not key.endswith("_loss")},
+        **{key: value for key, value in validated.items() if key.endswith("_accuracy")},
         "flops": cost.macs,
         "params": cost.params,
-        "data": settings,
+        "data": data.model_dump(mode="json"),
         "folder": str(directory.path.resolve()),
     }
     if not is_first():
         return float(tested["test_accuracy"])
-    save_network(
-        directory.path / "model.safetensors",
-        network,
-        architecture=name,
-        num_classes=splits.num_classes,
-        data=settings,
-        size=size,
-    )
+    notes: dict[str, Any] = {
+        "architecture": name,
+        "num_classes": splits.num_classes,
+        "data": data.model_dump(mode="json"),
+        "size": size,
+    }
+    file = directory.path / "model.safetensors"
+    if module.ema is None:
+        save_network(file, network, **notes)
+    else:
+        save_network(plain_beside(file), network, **notes)
+        save_network(file, module.ema.module, averaged=True, **notes)
     write_json(result_file, result)
     reporter.final(_told_to_nni(result))
     return print_result(result)
+
+
+def _mixing(recipe: RetrainRecipe, num_classes: int) -> Mixing | None:
+    if not recipe.mixing.wanted:
+        return None
+    return Mixing(num_classes, label_smoothing=recipe.label_smoothing, **recipe.mixing.model_dump())
 
 
 class _Result(BaseModel):
@@ -136,14 +148,21 @@ class _Result(BaseModel):
     network: str
     folder: str
     test_accuracy: float
+    test_plain_accuracy: float | None = None
     val_accuracy: float
+    val_plain_accuracy: float | None = None
     flops: int
     params: int
 
 
-def _read_result(file: Path) -> dict[str, Any]:
+def read_result(file: Path) -> dict[str, Any]:
+    """Read what a training has ended with; accuracies of plain weights are there where others were averaged.
+
+    Raises:
+        UserError: if the file is no result of a training.
+    """
     try:
-        return _Result.model_validate(read_json(file, "result of a training")).model_dump()
+        return _Result.model_validate(read_json(file, "result of a training")).model_dump(exclude_none=True)
     except ValidationError as error:
         reason = f"{file} is not a result of a training: {complaint(error, _Result)}"
     except UserError as error:
@@ -153,8 +172,8 @@ def _read_result(file: Path) -> dict[str, Any]:
 
 def _told_to_nni(result: dict[str, Any]) -> dict[str, Any]:
     # A tuner may steer by the validation part; the test part is for people.
-    told = ("val_accuracy", "test_accuracy", "flops", "params", "network")
-    return {"default": result["val_accuracy"], **{key: result[key] for key in told}}
+    told = ("val_accuracy", "val_plain_accuracy", "test_accuracy", "test_plain_accuracy", "flops", "params", "network")
+    return {"default": result["val_accuracy"], **{key: result[key] for key in told if key in result}}
 
 
 def refuse_resolution(network: nn.Module, resolution: int) -> None:
@@ -168,11 +187,13 @@ def refuse_resolution(network: nn.Module, resolution: int) -> None:
 
 
 def print_result(result: dict[str, object]) -> float:
-    """Tell a person how good the network is, and return its test accuracy."""
+    """Tell a person how good the network is, the averaged weights last, and return its test accuracy."""
     accuracy = result["test_accuracy"]
     assert isinstance(accuracy, float)
     print(f"network: {result['network']}")
     print(f"folder: {result['folder']}")
+    if "test_plain_accuracy" in result:
+        print(f"test accuracy of the plain weights: {result['test_plain_accuracy']:.4f}")
     print(f"test accuracy: {accuracy:.4f}", flush=True)
     return accuracy
 

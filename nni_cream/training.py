@@ -13,16 +13,41 @@ import torch
 import torch.nn.functional as F
 from nni.nas.evaluator.pytorch import LightningModule
 from pytorch_lightning.trainer.states import TrainerFn
+from timm.loss.cross_entropy import SoftTargetCrossEntropy
 from timm.optim._optim_factory import create_optimizer_v2, get_optimizer_class, list_optimizers
 from timm.scheduler.scheduler_factory import create_scheduler_v2
-from torch import Tensor
+from timm.utils.model_ema import ModelEmaV3
+from torch import Tensor, nn
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
 from nni_cream import soundness
 from nni_cream.averages import StepMean
 from nni_cream.distributed import mean
+from nni_cream.ema import WeightAverage
 from nni_cream.errors import UserError
+from nni_cream.mixing import Mixing
+
+
+class Measures(nn.Module):
+    """What is measured of one set of weights: shares of right answers, and the loss.
+
+    Args:
+        num_classes: number of classes.
+    """
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.top1 = MulticlassAccuracy(num_classes, average="micro")
+        self.top5 = MulticlassAccuracy(num_classes, average="micro", top_k=min(5, num_classes))
+        # Lightning's own average loses an image where several processes have an odd number of them.
+        self.loss = MeanMetric()
+
+    def update(self, logits: Tensor, targets: Tensor) -> None:
+        """Take one batch: logits [N, classes] and labels [N]."""
+        self.top1(logits, targets)
+        self.top5(logits, targets)
+        self.loss(F.cross_entropy(logits, targets), weight=len(targets))
 
 
 class ImageClassifier(LightningModule):
@@ -36,9 +61,16 @@ class ImageClassifier(LightningModule):
         label_smoothing: of the training loss.
         auxiliary_weight: of the loss of an auxiliary head, in a network that has one.
         drop_path_rate: what the drop path of a network with ``set_drop_path_rate`` rises to, from 0, epoch by epoch.
+        mixing: what mixes the images of a training batch, if anything does; it smooths labels itself, and
+            ``label_smoothing`` does not count then.
+        ema: arguments of ``timm.utils.ModelEmaV3``, which then averages the weights; None for no average. What is
+            measured as ``val_accuracy`` and so on is of the averaged weights, ``val_plain_accuracy`` of the network's.
+
+    Attributes:
+        ema: the average, once there is a model, or None.
 
     Raises:
-        UserError: if timm has no optimizer of that name, or the optimizer cannot be executed so.
+        UserError: if timm has no optimizer of that name, or the optimizer has no such argument.
     """
 
     def __init__(
@@ -49,18 +81,33 @@ class ImageClassifier(LightningModule):
         label_smoothing: float = 0.0,
         auxiliary_weight: float = 0.0,
         drop_path_rate: float = 0.0,
+        mixing: Mixing | None = None,
+        ema: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
         _check_optimizer(optimizer)
         self.optimizer_arguments = dict(optimizer)
         self.schedule_arguments = dict(schedule)
-        self.label_smoothing = label_smoothing
+        self.mixing = mixing
+        self.criterion = (
+            nn.CrossEntropyLoss(label_smoothing=label_smoothing) if mixing is None else SoftTargetCrossEntropy()
+        )
         self.auxiliary_weight = auxiliary_weight
         self.drop_path_rate = drop_path_rate
         self.train_loss = StepMean()
-        self.measured_loss = MeanMetric()
-        self.top1 = MulticlassAccuracy(num_classes, average="micro")
-        self.top5 = MulticlassAccuracy(num_classes, average="micro", top_k=min(5, num_classes))
+        self.measures = Measures(num_classes)
+        self.ema_arguments = ema
+        self.ema: ModelEmaV3 | None = None
+        self.plain_measures = None if ema is None else Measures(num_classes)
+
+    def set_model(self, model: nn.Module) -> None:
+        """Take the network to train; the average begins with its weights."""
+        super().set_model(model)
+        if self.ema_arguments is not None:
+            # A part of this module, so that Lightning moves it between devices and keeps it in checkpoints.
+            self.ema = ModelEmaV3(model, **self.ema_arguments).requires_grad_(False)
+            # Lightning warns of what is in evaluation mode when a training begins; it sees to that where it measures.
+            self.ema.train()
 
     def forward(self, images: Tensor) -> Tensor:
         """Return logits; of a network with an auxiliary head, in training, its as well."""
@@ -70,19 +117,23 @@ class ImageClassifier(LightningModule):
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """Return the loss of one batch."""
         images, targets = batch
+        if self.mixing is not None:
+            images, targets = self.mixing(images, targets, self.trainer.current_epoch)
         output = self(images)
         logits, *auxiliary = output if isinstance(output, tuple) else (output,)
-        loss = F.cross_entropy(logits, targets, label_smoothing=self.label_smoothing)
+        loss: Tensor = self.criterion(logits, targets)
         for others in auxiliary:
-            loss = loss + self.auxiliary_weight * F.cross_entropy(others, targets, label_smoothing=self.label_smoothing)
+            loss = loss + self.auxiliary_weight * self.criterion(others, targets)
         shown = mean(loss)
         self.train_loss.update(shown)
         self.log("train_loss", shown, prog_bar=True)
         return loss
 
     def configure_callbacks(self) -> Any:
-        """End a training that has diverged, if nothing else does."""
-        return soundness.unless_there(self.trainer)
+        """End a training that has diverged, if nothing else does, and average the weights."""
+        callbacks = soundness.unless_there(self.trainer)
+        there = any(isinstance(callback, WeightAverage) for callback in self.trainer.callbacks)
+        return [*callbacks, *([WeightAverage()] if self.ema is not None and not there else [])]
 
     def on_train_start(self) -> None:
         """Drop as many paths as in the epoch that an interrupted training goes on with."""
@@ -108,13 +159,16 @@ class ImageClassifier(LightningModule):
     def _measure(self, batch: tuple[Tensor, Tensor], stage: str) -> None:
         images, targets = batch
         logits = self(images)
-        self.top1(logits, targets)
-        self.top5(logits, targets)
-        self.log(f"{stage}_accuracy", self.top1, on_epoch=True, prog_bar=True)
-        self.log(f"{stage}_top5", self.top5, on_epoch=True)
-        self.measured_loss(F.cross_entropy(logits, targets), weight=len(targets))
-        # Lightning's own average loses an image where several processes have an odd number of them.
-        self.log(f"{stage}_loss", self.measured_loss, on_epoch=True)
+        if self.ema is not None:
+            self._count(f"{stage}_plain", self.plain_measures, logits, targets)
+            logits = self.ema(images)
+        self._count(stage, self.measures, logits, targets)
+
+    def _count(self, name: str, measures: Any, logits: Tensor, targets: Tensor) -> None:
+        measures.update(logits, targets)
+        self.log(f"{name}_accuracy", measures.top1, on_epoch=True, prog_bar=True)
+        self.log(f"{name}_top5", measures.top5, on_epoch=True)
+        self.log(f"{name}_loss", measures.loss, on_epoch=True)
 
     def on_validation_epoch_end(self) -> None:
         """Report the epoch to NNI."""
@@ -175,9 +229,11 @@ def _check_optimizer(arguments: Mapping[str, Any]) -> None:
     if name.lower().removeprefix("lookahead_") not in known:
         near = difflib.get_close_matches(name, known, n=1, cutoff=0)[0]
         raise UserError(f"timm has no optimizer {name!r} (optimizer.name); did you mean {near!r}?")
+    taken = inspect.signature(get_optimizer_class(name.lower().removeprefix("lookahead_"))).parameters
     for execution in ("foreach", "fused"):
-        taken = inspect.signature(get_optimizer_class(name.lower().removeprefix("lookahead_"))).parameters
         if arguments.get(execution) and execution not in taken:
             raise UserError(
                 f"The optimizer {name!r} has no {execution} execution (optimizer.execution); leave that out."
             )
+    if "eps" in arguments and "eps" not in taken:
+        raise UserError(f"The optimizer {name!r} has no eps (optimizer.eps); leave that out.")

@@ -34,6 +34,7 @@ from torch.utils.data import BatchSampler, TensorDataset
 import nni_cream  # noqa: F401
 from nni_cream import distributed
 from nni_cream.launching import SharedBatch
+from nni_cream.mixing import Mixing
 from nni_cream.ranks import rank
 from nni_cream.shards import Shards, Shuffled
 from nni_cream.strategies import CreamStrategy, DartsStrategy
@@ -238,11 +239,11 @@ def cream(**settings: Any) -> Any:
     return found
 
 
-def training() -> Any:
+def training(**arguments: Any) -> Any:
     torch.manual_seed(9)
-    module, watcher = ImageClassifier(CLASSES, SGD, SCHEDULE, label_smoothing=0.1), Watcher()
-    module.set_model(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.LazyLinear(3)))
-    module.model(torch.zeros(2, 3, 6, 6))
+    np.random.seed(9)
+    module, watcher = ImageClassifier(CLASSES, SGD, SCHEDULE, label_smoothing=0.1, **arguments), Watcher()
+    module.set_model(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(64, 3)))
     lightning = trainer(2, watcher)
     held_out = measuring_loader(labelled_images(13, 10, 6))
     lightning.fit(module, training_loader(labelled_images(4 * BATCH, 11, 6)), held_out)
@@ -267,6 +268,10 @@ SCENARIOS: dict[str, Callable[[], Any]] = {
     "cream, large slices": lambda: cream(board_images=6),
     "cream top1": lambda: cream(board_images=8, teacher="top1", prior="board"),
     "training": training,
+    "training, mixed and averaged": lambda: training(
+        mixing=Mixing(CLASSES, mixup=0.5, cutmix=1.0, label_smoothing=0.1, off_epoch=1),
+        ema={"decay": 0.8, "use_warmup": True},
+    ),
 }
 
 

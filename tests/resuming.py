@@ -94,6 +94,8 @@ RETRAIN: dict[str, Any] = {
     "gradient_clip": 5.0,
     "drop_path_rate": 0.25,
     "drop_rate": 0.2,
+    "mixing": {"mixup": 0.2, "cutmix": 1.0, "off_epoch": 2},
+    "ema": {"decay": 0.95},
     "darts": {"channels": 4, "cells": 4, "stem": "cifar"},
     "device": {"accelerator": "cpu", "threads": 1},
 }
@@ -262,7 +264,7 @@ def left_behind(folder: Path) -> dict[str, Any]:
     for name in ("child.json", "result.json"):
         if (folder / name).exists():
             found[name] = {k: v for k, v in json.loads((folder / name).read_text()).items() if k != "folder"}
-    for name in ("child.safetensors", "model.safetensors"):
+    for name in ("child.safetensors", "model.safetensors", "model_plain.safetensors"):
         if (folder / name).exists():
             found[name] = load_file(folder / name)
     return found

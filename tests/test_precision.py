@@ -83,9 +83,9 @@ def make_trainer(precision: str, watch: Watch, scale: float = SCALE) -> Any:
     )
 
 
-def make_classifier(execution: Any) -> Any:
+def make_classifier(execution: Any, **arguments: Any) -> Any:
     optimizer = Optimizer(name="momentum", lr=0.001, weight_decay=1e-3, execution=execution)
-    return ImageClassifier(CLASSES, optimizer.timm_arguments(), {"sched": "poly", "decay_rate": 1.0})
+    return ImageClassifier(CLASSES, optimizer.timm_arguments(), {"sched": "poly", "decay_rate": 1.0}, **arguments)
 
 
 def make_loader(resolution: int) -> Any:
@@ -123,13 +123,13 @@ def cream(combination: tuple[Any, ...], scale: float = SCALE) -> Watch:
     return search(strategy, CreamSpace((1, 1, 1, 1, 1), CLASSES), combination, 32, scale)
 
 
-def training(combination: tuple[Any, ...], mode: str = "off") -> Watch:
+def training(combination: tuple[Any, ...], mode: str = "off", **arguments: Any) -> Watch:
     precision, memory_format, execution = combination
     pl.seed_everything(0, verbose=False)
     network = timm.create_model("cream_14", num_classes=CLASSES).to(memory_format=getattr(torch, memory_format))
     if mode != "off":
         network.compile(mode=mode)
-    module, watch = make_classifier(execution), Watch()
+    module, watch = make_classifier(execution, **arguments), Watch()
     module.set_model(network)
     make_trainer(precision, watch).fit(module, make_loader(32))
     return watch
@@ -175,6 +175,19 @@ def test_a_hypergradient_is_computed_in_float32(kind: str, precision: str) -> No
     found = KINDS[kind]((precision, *PLAINEST[1:])).alphas_after_a_step
     assert all(torch.equal(a, b) for a, b in zip(found, plainest(kind).alphas_after_a_step, strict=True))
     assert found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["32-true", "16-mixed", "bf16-mixed"])
+def test_averages_of_weights_are_float32_and_change_no_step(precision: str) -> None:
+    plain = training((precision, *PLAINEST[1:]))
+    averaged = training((precision, *PLAINEST[1:]), ema={"decay": 0.5, "use_warmup": False})
+    assert averaged.losses == plain.losses
+    for name, parameter in plain.end.items():
+        assert torch.equal(averaged.end[name], parameter), name
+    averages = [name for name in averaged.end if name.startswith("ema.")]
+    assert len(averages) == len(plain.end)
+    assert any(not torch.equal(averaged.end[name], averaged.start[name]) for name in averages)
 
 
 def test_a_loss_scale_that_is_too_large_spoils_nothing() -> None:

@@ -95,8 +95,82 @@ def shipped(name: str, kind: type[AnyRecipe]) -> AnyRecipe:
     return load_recipe(kind, ROOT / "experiments" / "recipes" / f"{name}.yml", {})
 
 
+RETRAININGS = [file for file in SHIPPED if file.name.startswith("retrain_")]
+
+
+class TestTrainings:
+    """What a training is made of can be made of every recipe that is shipped."""
+
+    def test_of_every_kind(self) -> None:
+        names = {file.stem.removeprefix("retrain_") for file in RETRAININGS}
+        darts = {"darts_cifar10", "darts_imagenet", "darts_mnist5k"}
+        assert names >= {"cream_imagenet", "mnist5k", "elpv", "folder"} | darts
+
+    @pytest.mark.parametrize("file", RETRAININGS, ids=lambda file: file.name)
+    def test_can_be_built(self, file: Path) -> None:
+        import torch
+        from timm.optim import create_optimizer_v2
+        from timm.scheduler import create_scheduler_v2
+        from torch import nn
+
+        from nni_cream.data import load_data
+        from nni_cream.data_names import Augmentation
+        from nni_cream.mixing import Mixing
+        from nni_cream.training import ImageClassifier
+
+        recipe = load_recipe(RetrainRecipe, file, {})
+        augmentation = Augmentation(**recipe.data.augmentation.model_dump())
+        size = recipe.data.resolution or 32
+        image, _ = load_data("digits", resolution=size, augmentation=augmentation).weights[0]
+        assert image.shape == (3, size, size)
+        assert image.isfinite().all()
+        mixing = Mixing(10, **recipe.mixing.model_dump()) if recipe.mixing.wanted else None
+        optimizer, schedule = recipe.optimizer.timm_arguments(), recipe.schedule.timm_arguments()
+        module = ImageClassifier(10, optimizer, schedule, mixing=mixing, ema=recipe.ema.timm_arguments())
+        module.set_model(nn.Linear(3, 10))
+        assert (module.ema is not None) == (recipe.ema.decay is not None)
+        steps = create_optimizer_v2(module.model, **optimizer)
+        scheduler, epochs = create_scheduler_v2(steps, num_epochs=recipe.epochs, updates_per_epoch=10, **schedule)
+        assert scheduler is not None
+        assert epochs == recipe.epochs
+        if mixing is not None:
+            number = recipe.data.batch_size
+            images, targets = mixing(torch.randn(number, 3, 8, 8), torch.zeros(number, dtype=torch.long), 0)
+            assert (images.shape, targets.shape) == ((number, 3, 8, 8), (number, 10))
+
+
 class TestPublishedSettings:
-    """The paper's settings of DARTS, from its text and its published code."""
+    """The papers' settings, from their text and their published code."""
+
+    def test_training_of_a_path_on_imagenet(self) -> None:
+        from timm.optim import RMSpropTF, create_optimizer_v2
+        from timm.scheduler import create_scheduler_v2
+        from torch import nn
+
+        recipe = shipped("retrain_cream_imagenet", RetrainRecipe)
+        assert (recipe.epochs, recipe.data.batch_size, recipe.data.name) == (500, 8 * 128, "imagenet")
+        # That of the search, on which the cost of the child depends.
+        assert recipe.data.resolution is None
+        assert (recipe.label_smoothing, recipe.drop_rate, recipe.drop_path_rate) == (0.1, 0.2, 0)
+        varied = recipe.data.augmentation
+        assert (varied.auto_augment, varied.re_prob, varied.re_mode) == ("rand-m9-mstd0.5", 0.2, "pixel")
+        assert recipe.ema.timm_arguments() == {"decay": 0.9999, "use_warmup": False}
+        assert not recipe.mixing.wanted
+        optimizer = create_optimizer_v2(nn.Linear(2, 2), **recipe.optimizer.timm_arguments())
+        assert type(optimizer) is RMSpropTF
+        decaying, sparing = sorted(optimizer.param_groups, key=lambda group: -group["weight_decay"])
+        assert (decaying["weight_decay"], sparing["weight_decay"]) == (1e-5, 0)
+        for group in (decaying, sparing):
+            assert (group["lr"], group["eps"], group["momentum"]) == (0.064, 1e-3, 0.9)
+        scheduler, _ = create_scheduler_v2(optimizer, num_epochs=500, **recipe.schedule.timm_arguments())
+        found = [optimizer.param_groups[0]["lr"]]
+        for epoch in range(1, 11):
+            scheduler.step(epoch)
+            found.append(optimizer.param_groups[0]["lr"])
+        warmup = [1e-6 + (0.064 - 1e-6) * epoch / 3 for epoch in range(3)]
+        # 3 and 4 are in the second stretch of 2.4 epochs, 5 to 7 in the third, 8 and 9 in the fourth, 10 in the fifth.
+        falling = [0.064 * 0.973**n for n in (1, 1, 2, 2, 2, 3, 3, 4)]
+        assert found == pytest.approx([*warmup, *falling], rel=1e-9)
 
     def test_search_on_cifar10(self) -> None:
         recipe = shipped("darts_cifar10", DartsRecipe)
@@ -536,6 +610,28 @@ class TestDarts:
             ({"auxiliary_weight": -0.4}, "'auxiliary_weight' is -0.4"),
             ({"drop_path_rate": 1}, "'drop_path_rate' is 1, but should be less than 1."),
             ({"drop_path_rate": -0.1}, "'drop_path_rate' is -0.1"),
+            ({"ema": {"decay": 1}}, "'ema.decay' is 1, but should be less than 1."),
+            ({"ema": {"decay": 0}}, "'ema.decay' is 0, but should be greater than 0."),
+            ({"ema": {"decay": True}}, "ema.decay: true is not a value for this setting."),
+            ({"ema": {"warmup": "maybe"}}, "'ema.warmup' is 'maybe', but should be a valid boolean"),
+            ({"ema": None}, "'ema' is None, but should be a group of settings."),
+            ({"ema_decay": 0.9}, "'ema_decay' is not a setting; did you mean 'ema.decay'?"),
+            ({"mixing": {"mixup": -1}}, "'mixing.mixup' is -1, but should be greater than or equal to 0."),
+            ({"mixing": {"cutmix": float("nan")}}, "'mixing.cutmix' is nan, but should be a finite number."),
+            ({"mixing": {"prob": 1.5}}, "'mixing.prob' is 1.5, but should be less than or equal to 1."),
+            ({"mixing": {"switch_prob": -1}}, "'mixing.switch_prob' is -1"),
+            ({"mixing": {"mixup": 1, "off_epoch": 0}}, "'mixing.off_epoch' is 0, but should be greater than 0."),
+            (
+                {"mixing": {"off_epoch": 3}},
+                "mixing: off_epoch is 3, but with mixup and cutmix of 0 nothing is mixed: give one of them.",
+            ),
+            (
+                {"mixing": {"mixup": 0.2}, "data": {"batch_size": 33}},
+                "data.batch_size is 33, but mixing.mixup and mixing.cutmix take the images of a batch in pairs: make",
+            ),
+            ({"mixing": {"cutmix": 1}, "data": {"batch_size": 33}}, "data.batch_size is 33, but mixing.mixup and"),
+            ({"schedule": {"decay_epochs": 0}}, "'schedule.decay_epochs' is 0, but should be greater than 0."),
+            ({"optimizer": {"eps": 0}}, "'optimizer.eps' is 0, but should be greater than 0."),
         ],
         ids=str,
     )
@@ -543,6 +639,21 @@ class TestDarts:
         self, tmp_path: Path, settings: dict[str, Any], expected: str
     ) -> None:
         assert expected in refusal(write(tmp_path, DARTS | settings), kind=RetrainRecipe)
+
+    @pytest.mark.parametrize(
+        "settings",
+        [
+            {"data": {"batch_size": 33}},
+            # Two processes have 3 images each, and mix the 6 that they share.
+            {"data": {"batch_size": 6}, "device": {"devices": 2}, "mixing": {"mixup": 0.2}},
+            {"mixing": {"cutmix": 1, "off_epoch": 300}},
+            {"ema": {"decay": None}},
+            {"ema": {"decay": 0.9999, "warmup": False}},
+        ],
+        ids=str,
+    )
+    def test_a_training_at_the_limit_is_taken(self, tmp_path: Path, settings: dict[str, Any]) -> None:
+        load_recipe(RetrainRecipe, write(tmp_path, DARTS | settings), {})
 
 
 class TestNesterov:

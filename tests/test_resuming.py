@@ -48,6 +48,10 @@ def test_every_step_and_epoch_is_on_the_curves(uninterrupted: Uninterrupted) -> 
         ends = [steps // 3 * epoch - 1 for epoch in (1, 2, 3)] + [steps] * (kind == "retrain")
         assert list(curves["val_accuracy"]) == ends
     assert list(uninterrupted["cream"]["curves"]["teaching_weight_epoch"]) == [17, 26]
+    # Of the averaged weights and of the plain ones, which are not the same.
+    trained = uninterrupted["retrain"]
+    assert list(trained["curves"]["val_plain_accuracy"]) == list(trained["curves"]["val_accuracy"])
+    assert differences(trained["model_plain.safetensors"], trained["model.safetensors"])
 
 
 def is_in_the_middle(folder: Path) -> bool:

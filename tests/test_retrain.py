@@ -120,11 +120,70 @@ def test_settings_reach_trainer_module_and_network(
     assert arranged["trainer"].max_epochs == 1
     module = arranged["module"]
     assert isinstance(module, ImageClassifier)
-    assert (module.auxiliary_weight, module.drop_path_rate, module.label_smoothing) == (0.3, 0.25, 0.05)
+    assert (module.auxiliary_weight, module.drop_path_rate) == (0.3, 0.25)
+    assert module.criterion.label_smoothing == 0.05
+    assert (module.mixing, module.ema) == (None, None)
     assert module.schedule_arguments["step_on_epochs"]
     assert module.model.head_drop.p == 0.125
     assert len(module.model.cells) == 4
     assert len(arranged["training"].dataset) == 145
+
+
+def test_mixing_and_averaging_reach_the_module(
+    tmp_path: Path, candidate: Candidate, arranged: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: dict[str, Any] = {}
+    monkeypatch.setattr(module_under_test, "Mixing", lambda classes, **rest: given.update(classes=classes, **rest))
+    mixing = {"mixup": 0.2, "cutmix": 0.7, "prob": 0.9, "switch_prob": 0.4, "off_epoch": 8}
+    with pytest.raises(Stopped):
+        run(tmp_path / "run", candidate, mixing=mixing, ema={"decay": 0.75, "warmup": False})
+    assert given == {"classes": 10, **mixing, "label_smoothing": 0.05}
+    ema = arranged["module"].ema
+    assert (ema.decay, ema.use_warmup) == (0.75, False)
+    assert ema.module is not arranged["module"].model
+
+
+def test_averaged_and_plain_weights_are_tested_and_kept(
+    tmp_path: Path, candidate: Candidate, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told: list[dict[str, Any]] = []
+    monkeypatch.setattr(module_under_test.Reporter, "final", lambda _, metrics: told.append(metrics))
+    # Weights of early steps have hardly been forgotten, so that the two are far apart.
+    changes = {"epochs": 4, "ema": {"decay": 0.8}, "mixing": {"mixup": 0.2}, "drop_path_rate": 0.0}
+    accuracy = run(tmp_path / "run", candidate, **changes)
+    stored = json.loads((tmp_path / "run/result.json").read_text())
+    assert stored["test_accuracy"] == accuracy
+    assert stored["test_plain_accuracy"] != accuracy
+    names = ("val_accuracy", "val_plain_accuracy", "test_accuracy", "test_plain_accuracy")
+    assert {name: told[0][name] for name in names} == {name: stored[name] for name in names}
+    assert told[0]["default"] == stored["val_accuracy"]
+    plain, average = capsys.readouterr().out.splitlines()[-2:]
+    assert plain == f"test accuracy of the plain weights: {stored['test_plain_accuracy']:.4f}"
+    assert average == f"test accuracy: {accuracy:.4f}"
+
+    recipe = EvaluationRecipe.model_validate({"device": {"accelerator": "cpu"}})
+    file = tmp_path / "run/model.safetensors"
+    assert evaluate(recipe, file).top1 == accuracy
+    assert evaluate(recipe, file, use_ema=False).top1 == stored["test_plain_accuracy"]
+    # Either file by itself is what it is.
+    assert evaluate(recipe, file.with_name("model_plain.safetensors")).top1 == stored["test_plain_accuracy"]
+    # Told again when NNI starts the trial again, and with both accuracies.
+    assert run(tmp_path / "run", candidate, **changes) == accuracy
+    assert told[1] == told[0]
+    file.with_name("model_plain.safetensors").unlink()
+    with pytest.raises(UserError, match=r"There are no plain weights .*model_plain\.safetensors beside the averaged"):
+        evaluate(recipe, file, use_ema=False)
+    assert evaluate(recipe, file).top1 == accuracy
+
+
+def test_without_averaging_there_is_one_file_of_weights(tmp_path: Path, candidate: Candidate) -> None:
+    run(tmp_path / "run", candidate)
+    assert [file.name for file in (tmp_path / "run").glob("*.safetensors")] == ["model.safetensors"]
+    stored = json.loads((tmp_path / "run/result.json").read_text())
+    recipe = EvaluationRecipe.model_validate({"device": {"accelerator": "cpu"}})
+    plain = evaluate(recipe, tmp_path / "run/model.safetensors", use_ema=False)
+    assert plain.top1 == stored["test_accuracy"]
+    assert not any("plain" in name for name in stored)
 
 
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
@@ -138,7 +197,7 @@ def test_a_compiled_network_learns_the_same(
         # All of torch.compile but the code generator, which takes minutes on a CPU.
         network._compiled_call_impl = torch.compile(network._call_impl, backend="aot_eager")
 
-    settings = {"drop_path_rate": 0.0, "darts": {**DARTS, "auxiliary": False}}
+    settings = {"drop_path_rate": 0.0, "darts": {**DARTS, "auxiliary": False}, "ema": {"decay": 0.5}}
     expected = run(tmp_path / "plain", candidate, **settings)
     monkeypatch.setattr(nn.Module, "compile", compile_)
     torch._dynamo.reset()

@@ -3,12 +3,14 @@ from __future__ import annotations
 import copy
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import nni
+import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
@@ -17,14 +19,16 @@ from nni.runtime import trial_command_channel
 from nni.runtime.trial_command_channel import ParameterRecord, TrialCommandChannel
 from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, ExponentialLR, LinearLR, LRScheduler
+from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, ExponentialLR, LambdaLR, LinearLR, LRScheduler
 from torch.utils.data import DataLoader, TensorDataset
 
+from nni_cream.ema import WeightAverage
 from nni_cream.errors import UserError
 from nni_cream.genotype import Genotype
+from nni_cream.mixing import Mixing
 from nni_cream.models.darts import DartsOutput, build_darts
 from nni_cream.recipe import Optimizer, Schedule
-from nni_cream.training import ImageClassifier
+from nni_cream.training import ImageClassifier, Measures
 
 CLASSES = 7
 # 22 images in batches of 4: six steps an epoch, the last of two images.
@@ -100,6 +104,7 @@ def fit(
     checkpoint: Path | None = None,
     network: nn.Module | None = None,
     optimizer: dict[str, Any] | None = None,
+    further: Sequence[pl.Callback] = (),
     **arguments: Any,
 ) -> Run:
     torch.manual_seed(3)
@@ -113,7 +118,7 @@ def fit(
     module.set_model(small_network() if network is None else network)
     before = copy.deepcopy(module.model)
     recorder = Recorder()
-    callbacks: list[pl.Callback] = [recorder]
+    callbacks: list[pl.Callback] = [recorder, *further]
     if stop_after is not None:
         callbacks.append(StopAfter(stop_after))
     trainer = pl.Trainer(
@@ -156,6 +161,8 @@ class TestLearningRate:
             (Schedule(name="linear", min_lr=0.02), 2, lambda t: 0.02 + 0.08 * (1 - t / 12)),
             (Schedule(name="cosine", min_lr=0.02), 2, lambda t: 0.02 + 0.04 * (1 + math.cos(math.pi * t / 12))),
             (Schedule(name="constant"), 2, lambda t: 0.1),
+            # In the middle of the second epoch.
+            (Schedule(name="exponential", decay_rate=0.5, decay_epochs=1.5), 2, lambda t: 0.1 if t < 9 else 0.05),
             # The warm-up climbs from warmup_lr; then the curve is where it would be without.
             (
                 Schedule(name="linear", warmup_epochs=1, warmup_lr=0.01),
@@ -187,6 +194,11 @@ class TestLearningRate:
             (Schedule(name="exponential", interval="epoch"), lambda o: ExponentialLR(o, 0.97)),
             # By a factor an epoch, however often that is looked up.
             (Schedule(name="exponential", interval="step", decay_rate=0.5), lambda o: ExponentialLR(o, 0.5)),
+            # Every so many epochs, also where that is no whole number: 0, 1, 2 and 3 are 0, 0, 1 and 2 times 1.5.
+            (
+                Schedule(name="exponential", interval="epoch", decay_rate=0.5, decay_epochs=1.5),
+                lambda o: LambdaLR(o, lambda epoch: 0.5 ** int(epoch / 1.5)),
+            ),
             (
                 Schedule(name="linear", interval="epoch", min_lr=0.02),
                 lambda o: LinearLR(o, start_factor=1.0, end_factor=0.2, total_iters=4),
@@ -349,6 +361,115 @@ class TestLoss:
         )
 
 
+class TestMixing:
+    @pytest.mark.parametrize("weight", [None, 0.4])
+    def test_the_loss_is_that_of_both_classes(self, tmp_path: Path, weight: float | None) -> None:
+        """Of the first batch, from the definition: λ times the loss of the one, 1 - λ that of the other."""
+        np.random.seed(7)
+        share = np.random.RandomState(7)
+        share.rand()  # whether to mix at all
+        lam = share.beta(0.4, 0.4)
+        network = small_network() if weight is None else TwoHeads()
+        settings: dict[str, Any] = {"mixing": Mixing(CLASSES, mixup=0.4, label_smoothing=0.2)}
+        run = fit(tmp_path, Schedule(), network=network, epochs=1, auxiliary_weight=weight or 0.0, **settings)
+        inputs, targets = (tensor[:BATCH] for tensor in TRAINING.tensors)
+        outputs = run.before.train()(lam * inputs + (1 - lam) * inputs.flip(0))
+
+        def loss(logits: Tensor) -> float:
+            log_p = logits.log_softmax(1)
+            wanted = F.one_hot(targets, CLASSES) * 0.8 + 0.2 / CLASSES
+            own, others = -(wanted * log_p).sum(1), -(wanted.flip(0) * log_p).sum(1)
+            return (lam * own + (1 - lam) * others).mean().item()
+
+        losses = [loss(outputs)] if weight is None else [loss(logits) for logits in outputs]
+        expected = losses[0] if weight is None else losses[0] + weight * losses[1]
+        assert run.recorder.losses[0] == pytest.approx(expected, rel=1e-5)
+        assert 0.01 < lam < 0.99
+
+    def test_ends_with_its_epoch(self, tmp_path: Path, finished: Run) -> None:
+        """What is not mixed has the loss and the derivatives that labels have."""
+        np.random.seed(7)
+        before = np.random.get_state()[1].copy()
+        never = fit(tmp_path, Schedule(), mixing=Mixing(CLASSES, mixup=0.4, label_smoothing=0.2, off_epoch=0))
+        assert never.recorder.losses == pytest.approx(finished.recorder.losses, rel=1e-4)
+        assert (np.random.get_state()[1] == before).all()
+        later = fit(tmp_path, Schedule(), mixing=Mixing(CLASSES, mixup=0.4, label_smoothing=0.2, off_epoch=1))
+        state = np.random.get_state()
+        np.random.seed(7)
+        for _ in range(STEPS):
+            np.random.rand()
+            np.random.beta(0.4, 0.4)
+        assert (np.random.get_state()[1] == state[1]).all()
+        assert np.random.get_state()[2] == state[2]
+        assert later.recorder.losses[0] != pytest.approx(never.recorder.losses[0], rel=1e-3)
+
+    def test_what_is_measured_is_not_mixed(self, tmp_path: Path) -> None:
+        run = fit(tmp_path, Schedule(), epochs=1, mixing=Mixing(CLASSES, mixup=0.4))
+        with torch.no_grad():
+            logits = run.module.model.eval()(VALIDATION.tensors[0])
+        assert run.reports[-1]["val_loss"] == pytest.approx(
+            F.nll_loss(logits.log_softmax(1), VALIDATION.tensors[1]).item(), rel=1e-5
+        )
+
+
+class TestAveragedWeights:
+    EMA = MappingProxyType({"decay": 0.7, "use_warmup": False})
+
+    @pytest.fixture(scope="class")
+    def averaged(self, tmp_path_factory: pytest.TempPathFactory) -> Run:
+        return fit(tmp_path_factory.mktemp("averaged"), Schedule(), ema=self.EMA)
+
+    def test_do_not_change_the_training(self, averaged: Run, finished: Run) -> None:
+        for (name, ours), theirs in zip(
+            averaged.module.model.state_dict().items(), finished.module.model.state_dict().values(), strict=True
+        ):
+            assert torch.equal(ours, theirs), name
+        assert averaged.recorder.losses == finished.recorder.losses
+
+    @pytest.mark.parametrize("stage", ["val", "test"])
+    def test_are_measured_beside_the_plain_ones(self, tmp_path: Path, averaged: Run, stage: str) -> None:
+        if stage == "val":
+            measured = averaged.reports[-1]
+        else:
+            trainer = pl.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, default_root_dir=tmp_path)
+            (measured,) = trainer.test(averaged.module, DataLoader(VALIDATION, BATCH), verbose=False)
+        network = copy.deepcopy(averaged.module.model).eval()
+        average = copy.deepcopy(network)
+        average.load_state_dict(averaged.module.ema.module.state_dict())
+        expected = {}
+        for prefix, weights in ((stage, average), (f"{stage}_plain", network)):
+            with torch.no_grad():
+                logits = weights(VALIDATION.tensors[0])
+            labels = VALIDATION.tensors[1]
+            expected[f"{prefix}_accuracy"] = (logits.argmax(1) == labels).double().mean().item()
+            expected[f"{prefix}_top5"] = (logits.topk(5).indices == labels[:, None]).any(1).double().mean().item()
+            expected[f"{prefix}_loss"] = F.nll_loss(logits.log_softmax(1), labels).item()
+        assert {name: value for name, value in measured.items() if stage in name} == pytest.approx(expected, rel=1e-5)
+        assert abs(expected[f"{stage}_loss"] - expected[f"{stage}_plain_loss"]) > 1e-3
+        if stage == "val":
+            assert measured["default"] == measured["val_accuracy"]
+
+    def test_are_no_part_of_what_is_optimized(self, averaged: Run) -> None:
+        optimized = {id(p) for group in averaged.trainer.optimizers[0].param_groups for p in group["params"]}
+        assert optimized == {id(parameter) for parameter in averaged.module.model.parameters()}
+        assert not any(parameter.requires_grad for parameter in averaged.module.ema.parameters())
+
+    def test_are_averaged_once_a_step_however_often_it_is_measured(self, averaged: Run) -> None:
+        found = [callback for callback in averaged.trainer.callbacks if isinstance(callback, WeightAverage)]
+        assert len(found) == 1
+        averaged.trainer.validate(averaged.module, DataLoader(VALIDATION, BATCH), verbose=False)
+        assert [c for c in averaged.trainer.callbacks if isinstance(c, WeightAverage)] == found
+
+    def test_go_on_where_they_were_after_an_interruption(self, tmp_path: Path, averaged: Run) -> None:
+        first = fit(tmp_path, Schedule(), stop_after=1, ema=self.EMA)
+        first.trainer.save_checkpoint(tmp_path / "last.ckpt")
+        second = fit(tmp_path, Schedule(), checkpoint=tmp_path / "last.ckpt", ema=self.EMA)
+        assert first.reports + second.reports == averaged.reports
+        state = second.module.ema.state_dict()
+        for name, tensor in averaged.module.ema.state_dict().items():
+            assert torch.equal(state[name], tensor), name
+
+
 class TestMeasures:
     @pytest.fixture
     def logits(self, finished: Run) -> Tensor:
@@ -396,12 +517,10 @@ class TestReports:
 
 
 def test_few_classes_need_no_special_case() -> None:
-    module = ImageClassifier(2, {"opt": "sgd"}, {})
-    logits, targets = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]]), torch.tensor([0, 1, 1])
-    module.top1(logits, targets)
-    module.top5(logits, targets)
-    assert module.top1.compute().item() == pytest.approx(2 / 3)
-    assert module.top5.compute().item() == 1
+    measures = Measures(2)
+    measures.update(torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]]), torch.tensor([0, 1, 1]))
+    assert measures.top1.compute().item() == pytest.approx(2 / 3)
+    assert measures.top5.compute().item() == 1
 
 
 def test_an_unknown_optimizer_is_named_before_anything_is_trained() -> None:
@@ -413,4 +532,7 @@ def test_an_unknown_optimizer_is_named_before_anything_is_trained() -> None:
 def test_an_optimizer_that_cannot_be_executed_so() -> None:
     with pytest.raises(UserError, match=r"The optimizer 'lamb' has no fused execution \(optimizer.execution\)"):
         ImageClassifier(2, {"opt": "lamb", "fused": True}, {})
+    with pytest.raises(UserError, match=r"The optimizer 'momentum' has no eps \(optimizer.eps\); leave that out\."):
+        ImageClassifier(2, {"opt": "momentum", "eps": 1e-3}, {})
+    ImageClassifier(2, {"opt": "rmsproptf", "eps": 1e-3}, {})
     ImageClassifier(2, {"opt": "adamw", "fused": True}, {})

@@ -3,6 +3,7 @@
     python trials/retrain_child.py                       # the child of the newest search
     python trials/retrain_child.py --child runs/cream_mnist5k/child.json
     python trials/retrain_child.py --architecture "[[0], [0], [3], [4, 0, 3], [2], [3], [0]]" --name by-hand
+    python trials/retrain_child.py --seeds 0 1 2         # mean and spread, in seed0/, seed1/, seed2/ and summary.json
 
 Where no search has run yet, the published 14 M network is trained instead. Unless a recipe is given, the settings
 are those for small images: experiments/recipes/retrain_mnist5k.yml for a path of Cream, retrain_darts_mnist5k.yml for
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 # NNI copies this tree to machines on which only its dependencies are installed.
 ROOT = Path(__file__).resolve().parents[1]
@@ -20,11 +22,11 @@ sys.path.insert(0, str(ROOT))
 
 from nni_cream.architecture import CreamPath
 from nni_cream.child import Candidate
-from nni_cream.cli import make_parser, open_run, overrides_of, run
+from nni_cream.cli import make_parser, open_run, overrides_of, refuse_nni, refuse_twice, run
 from nni_cream.errors import UserError
 from nni_cream.genotype import Genotype
 from nni_cream.recipe import RetrainRecipe, load_recipe
-from nni_cream.runs import newest_search
+from nni_cream.runs import RunDirectory, newest_search
 
 
 def chosen(file: Path | None, architecture: str | None) -> Candidate:
@@ -64,19 +66,48 @@ def main() -> None:
         "--architecture",
         help="a path or a genotype as a search reports it, also from another machine, or timm's name of a network",
     )
+    parser.add_argument("--seeds", type=int, nargs="+", help="train once with each, and tell mean and spread")
     arguments = parser.parse_args()
+    if arguments.seeds is not None:
+        refuse_nni("--seeds")
+        refuse_twice("--seeds", arguments.seeds)
     candidate = chosen(arguments.child, arguments.architecture)
     child = candidate.load()
     genotype = isinstance(child.architecture, Genotype) if child else candidate.name.startswith("Genotype(")
     quick = "retrain_darts_mnist5k.yml" if genotype else "retrain_mnist5k.yml"
     overrides = overrides_of(arguments)
     overrides.setdefault("name", default_name(candidate))
-    recipe = load_recipe(RetrainRecipe, arguments.recipe or ROOT / "experiments/recipes" / quick, overrides)
+    file = arguments.recipe or ROOT / "experiments/recipes" / quick
+    if arguments.seeds is not None:
+        train_seeds(arguments.seeds, file, overrides, candidate, arguments.output)
+        return
+    recipe = load_recipe(RetrainRecipe, file, overrides)
     directory = open_run(recipe, arguments.output)
 
     from nni_cream.retrain import retrain
 
     retrain(recipe, candidate, directory)
+
+
+def train_seeds(
+    seeds: list[int], file: Path, overrides: dict[str, Any], candidate: Candidate, output: Path | None
+) -> None:
+    """Train with each of ``seeds``, in folders of their own.
+
+    Raises:
+        UserError: as :func:`nni_cream.cli.open_run`, for every seed before the first is trained with.
+    """
+    if "seed" in overrides:
+        raise UserError("--seeds and --set seed=… both give seeds; leave one out.")
+    recipes = [load_recipe(RetrainRecipe, file, {**overrides, "seed": seed}) for seed in seeds]
+    folder = RunDirectory.for_run(recipes[0].name, output).path
+    if (folder / "recipe.yml").exists():
+        raise UserError(f"{folder} holds a training of one seed; choose another folder with --name.")
+    runs = [(recipe, open_run(recipe, folder / f"seed{recipe.seed}")) for recipe in recipes]
+
+    from nni_cream.seeds import retrain_seeds
+
+    retrain_seeds(runs, candidate, folder)
 
 
 if __name__ == "__main__":

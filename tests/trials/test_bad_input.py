@@ -115,6 +115,8 @@ COMMON = {
     "schedule.name": WORDS,
     "schedule.interval": WORDS,
     "schedule.decay_rate": PROBABILITIES | st.just(0),
+    "schedule.decay_epochs": NUMBERS | st.just(0),
+    "optimizer.eps": NUMBERS | st.just(0),
     "schedule.warmup_epochs": NUMBERS | FRACTIONS | st.integers(min_value=1_000),
     "schedule.min_lr": NUMBERS | st.floats(min_value=100, max_value=1e300),
     "device.accelerator": WORDS | st.just("tpus"),
@@ -167,6 +169,13 @@ SETTINGS = {
         "drop_rate": LABEL_SMOOTHING,
         "drop_path_rate": LABEL_SMOOTHING,
         "gradient_clip": NUMBERS | st.just(0),
+        "mixing.mixup": NUMBERS | st.floats(min_value=1001),
+        "mixing.cutmix": NUMBERS | st.floats(min_value=1001),
+        "mixing.prob": PROBABILITIES,
+        "mixing.switch_prob": PROBABILITIES,
+        "mixing.off_epoch": COUNTS | st.just(5),
+        "ema.decay": PROBABILITIES | st.sampled_from([0, 1]),
+        "ema.warmup": SWITCHES,
         "darts.stem": WORDS,
         "darts.channels": COUNTS | st.sampled_from([1, 3]),
     },
@@ -177,7 +186,9 @@ SETTINGS = {
     },
 }
 # Settings of which null is a value, as are lists or other words, are written here.
-NULLABLE = re.compile(r"augmentation|data\.(resolution|name|folder|batch_size|workers)|concat|threads|clip|skips")
+NULLABLE = re.compile(
+    r"augmentation|data\.(resolution|name|folder|batch_size|workers)|concat|threads|clip|skips|eps|decay|off_epoch"
+)
 
 
 @st.composite
@@ -388,6 +399,10 @@ LINES = {
         ["--architecture", "vgg11", "--set", "drop_path_rate=0.1"],
         ["--set", "inherit_weights=true"],
         ["--set", "rank=2"],
+        *(["--seeds", *seeds] for seeds in ((), ("x",), ("1", "1"), ("-1", "0"), ("0", "5000000000"))),
+        ["--seeds", "0", "1", "--set", "seed=3"],
+        ["--set", "mixing.mixup=0.2", "--set", "data.batch_size=33"],
+        ["--set", "optimizer.eps=0.001"],
     ],
     "test_child": [
         *EVERYWHERE,
@@ -398,6 +413,14 @@ LINES = {
         ["--set", "epochs=3"],
         ["--name", "a"],
         [],
+    ],
+    "compare": [
+        [],
+        ["stray"],
+        *(["--child", value] for value in ("file", "nowhere", ".")),
+        *(["--random", value] for value in ("-1", "x", "1.5")),
+        *(["--seeds", *seeds] for seeds in ((), ("x",), ("1", "1"))),
+        ["--networks", "resnet18", "resnet18"],
     ],
     "make_subimagenet": [
         *([*line] for line in ([], ["a"], ["nowhere", "new"], ["file", "new"], [".", "new"], ["~nobody", "new"])),

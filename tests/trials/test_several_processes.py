@@ -79,6 +79,17 @@ def test_training_runs_likewise(repository: Path, searched: Path) -> None:
     assert (folder / "model.safetensors").exists()
 
 
+def test_seeds_run_likewise(repository: Path, searched: Path) -> None:
+    settings = ("epochs=1", "schedule.warmup_epochs=0", "ema.decay=0.9", "mixing.mixup=0.2")
+    command = [str(repository / "trials/retrain_child.py"), *(part for s in settings for part in ("--set", s))]
+    result = run(searched, BY_LIGHTNING, *command, "--name", "seeds", "--seeds", "0", "1")
+    assert result.returncode == 0, result.stderr
+    summary = json.loads((searched / "runs/seeds/summary.json").read_text())
+    results = [json.loads((searched / f"runs/seeds/seed{seed}/result.json").read_text()) for seed in (0, 1)]
+    assert summary["test_accuracy"]["mean"] == pytest.approx(sum(r["test_accuracy"] for r in results) / 2)
+    assert result.stdout.count("(2 seeds)") == 1
+
+
 def test_darts_under_torchrun(repository: Path, tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yml"
     recipe.write_text(yaml.safe_dump(TINY), encoding="utf-8")

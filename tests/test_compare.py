@@ -1,0 +1,162 @@
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+
+from nni_cream import compare as module_under_test
+from nni_cream.architecture import CreamPath
+from nni_cream.child import Child, build_network
+from nni_cream.compare import (
+    FOUND,
+    MOBILE,
+    RANDOM,
+    Contestant,
+    Row,
+    compare,
+    line_up,
+    nearest_network,
+    random_genotypes,
+    random_paths,
+    table,
+)
+from nni_cream.cost import measure_network
+from nni_cream.errors import UserError
+from nni_cream.genotype import Genotype
+from nni_cream.recipe import CreamRecipe
+from nni_cream.seeds import Spread
+from tests.test_retrain import GENOTYPE, SPACE
+from tests.test_seeds import recipe
+
+SEARCH = CreamRecipe.model_validate(
+    {"name": "a", "epochs": 30, "data": {"name": "digits", "resolution": 32}, "flops": {"min": 2.5, "max": 3.0}}
+)
+DATA = {"name": "digits", "resolution": 32}
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
+    pytest.mark.filterwarnings("ignore:.*logging interval"),
+    # Lightning's use of torch.
+    pytest.mark.filterwarnings("ignore:.*LeafSpec"),
+]
+
+
+@pytest.fixture(scope="module")
+def paths() -> list[CreamPath]:
+    return random_paths(SEARCH, 10, 8, CreamPath.parse("[0] [0] [1] [2] [3] [0] [0]"), seed=0)
+
+
+class TestRandomPaths:
+    def test_lie_in_the_interval_of_the_search(self, paths: list[CreamPath]) -> None:
+        costs = [measure_network(build_network(str(path), 10, {}), 32).macs for path in paths]
+        assert all(2.5e6 <= cost <= 3e6 for cost in costs)
+        assert len(set(paths)) == 8
+        assert len({choice for path in paths for stage in path.stages[1:-1] for choice in stage}) == 6
+
+    def test_do_not_depend_on_their_number_nor_hold_what_was_found(self, paths: list[CreamPath]) -> None:
+        again = random_paths(SEARCH, 10, 3, paths[1], seed=0)
+        assert again == [paths[0], *paths[2:4]]
+        assert random_paths(SEARCH, 10, 3, paths[1], seed=1) != again
+
+    def test_that_are_not_so_many(self, paths: list[CreamPath], monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(module_under_test, "_PATIENCE", 5)
+        with pytest.raises(UserError, match="--random is 8, but among 5 draws there are 5 different paths besides"):
+            random_paths(SEARCH, 10, 8, paths[0], seed=9)
+
+
+def test_random_genotypes_are_of_the_space_of_the_search() -> None:
+    space = {**SPACE, "operations": ["none", "skip_connect", "sep_conv_3x3", "max_pool_3x3"]}
+    child = Child(GENOTYPE, 10, 0.5, 1, 2, {"name": "digits", "resolution": 8}, {"name": "a", "seed": 0}, space=space)
+    drawn = random_genotypes(child, 30, seed=0)
+    for genotype in drawn:
+        assert (genotype.normal_concat, genotype.reduce_concat) == (GENOTYPE.normal_concat, GENOTYPE.reduce_concat)
+        for cell in (genotype.normal, genotype.reduce):
+            assert [{state for _, state in cell[:2]}, len({state for _, state in cell[2:]})] == [{0, 1}, 2]
+            assert Genotype.parse(str(genotype)) == genotype
+    operations = [operation for genotype in drawn for operation, _ in (*genotype.normal, *genotype.reduce)]
+    assert {operations.count(operation) > 50 for operation in space["operations"][1:]} == {True}
+    assert len(operations) == 240
+    assert random_genotypes(child, 3, seed=0) == drawn[:3]
+
+
+@pytest.mark.parametrize("resolution", [32, 64])
+def test_the_nearest_network_is_nearest_in_cost(resolution: int) -> None:
+    costs = {name: measure_network(timm.create_model(name), resolution).macs for name in MOBILE[:3]}
+    assert costs[MOBILE[0]] < costs[MOBILE[1]] < costs[MOBILE[2]]
+    for name, cost in costs.items():
+        assert nearest_network(cost, resolution, MOBILE[:3]) == name
+    # By their ratio: the geometric mean is as near to both.
+    middle = math.sqrt(costs[MOBILE[0]] * costs[MOBILE[1]])
+    assert nearest_network(int(middle * 0.99), resolution, MOBILE[:3]) == MOBILE[0]
+    assert nearest_network(int(middle * 1.01), resolution, MOBILE[:3]) == MOBILE[1]
+
+
+def test_who_takes_part(paths: list[CreamPath]) -> None:
+    cost = measure_network(timm.create_model(MOBILE[1]), 32).macs
+    child = Child(paths[0], 10, 0.5, cost, 2, DATA, {"name": "a", "seed": 0})
+    assert line_up(child, SEARCH, 32, 2, None, 0) == [
+        Contestant(FOUND, "found", str(paths[0])),
+        Contestant(RANDOM, "random1", str(paths[1])),
+        Contestant(RANDOM, "random2", str(paths[2])),
+        Contestant(MOBILE[1], MOBILE[1], MOBILE[1]),
+        Contestant("resnet18", "resnet18", "resnet18"),
+    ]
+    assert [c.name for c in line_up(child, SEARCH, 32, 0, ["cream_14"], 0)] == ["found", "cream_14"]
+
+
+def test_the_table() -> None:
+    rows = [
+        Row(FOUND, 1, 3_235_136, 1_339_338, Spread(0.98, 0.0012, 3)),
+        Row(RANDOM, 2, 3_000_000.5, 1_000_000.5, Spread(0.97123, 0.00456, 6)),
+        Row("resnet18", 1, 37e6, 11e6, Spread(0.99, None, 1)),
+    ]
+    assert table(rows).splitlines() == [
+        "| network | trainings | MACs (M) | parameters (M) | test accuracy |",
+        "|---|---|---|---|---|",
+        "| found by the search | 3 | 3.24 | 1.339 | 0.9800 ± 0.0012 |",
+        "| random, 2 networks | 6 | 3.00 | 1.000 | 0.9712 ± 0.0046 |",
+        "| resnet18 | 1 | 37.00 | 11.000 | 0.9900 |",
+    ]
+
+
+def test_all_are_trained_alike_and_only_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    child = Child(GENOTYPE, 10, 0.5, 1, 2, {"name": "digits", "resolution": 8}, {"name": "a", "seed": 0}, space=SPACE)
+    contestants = line_up(child, None, 8, 2, [], 0)
+    rows = compare(recipe(0), contestants, [0, 1], tmp_path)
+    results = {
+        (contestant.name, seed): json.loads((tmp_path / contestant.name / f"seed{seed}/result.json").read_text())
+        for contestant in contestants
+        for seed in (0, 1)
+    }
+    assert [results[contestant.name, 0]["network"] for contestant in contestants] == [c.network for c in contestants]
+
+    def spread(*names: str) -> Spread:
+        return Spread.of([results[name, seed]["test_accuracy"] for name in names for seed in (0, 1)])
+
+    def mean(key: str) -> float:
+        return (results["random1", 0][key] + results["random2", 0][key]) / 2
+
+    found = results["found", 0]
+    assert rows == [
+        Row(FOUND, 1, found["flops"], found["params"], spread("found")),
+        Row(RANDOM, 2, mean("flops"), mean("params"), spread("random1", "random2")),
+    ]
+    assert (tmp_path / "comparison.md").read_text() == table(rows)
+    written = json.loads((tmp_path / "comparison.json").read_text())
+    assert [row["group"] for row in written["rows"]] == [FOUND, RANDOM]
+    assert written["rows"][1]["test_accuracy"] == vars(rows[1].test_accuracy)
+    assert list(written["networks"]) == ["found", "random1", "random2"]
+
+    def fails(*_: Any, **__: Any) -> Any:
+        raise AssertionError("trained again")
+
+    monkeypatch.setattr("nni_cream.retrain.make_trainer", fails)
+    assert compare(recipe(0), contestants, [0, 1], tmp_path) == rows
+    # Another child has been found meanwhile.
+    other = Contestant(FOUND, "found", contestants[1].network)
+    with pytest.raises(UserError, match=r"found holds the training of Genotype.*; choose another folder with --name\."):
+        compare(recipe(0), [other], [0, 1], tmp_path)
