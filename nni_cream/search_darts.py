@@ -16,7 +16,7 @@ from nni_cream.cost import measure_network
 from nni_cream.data import LabelledImages
 from nni_cream.distributed import total
 from nni_cream.loading import first_batches
-from nni_cream.plots import save_cells
+from nni_cream.plots.cells import save_cells
 from nni_cream.ranks import is_first
 from nni_cream.recipe import DartsRecipe, to_yaml
 from nni_cream.reporting import Reporter, on_terminal

@@ -20,7 +20,7 @@ from nni_cream.data import DataSplits, Fractions, load_data
 from nni_cream.errors import UserError
 from nni_cream.evaluate import evaluate, load_checkpoint
 from nni_cream.genotype import Genotype
-from nni_cream.plots import save_cells
+from nni_cream.plots.cells import save_cells
 from nni_cream.recipe import DartsRecipe, EvaluationRecipe, to_yaml
 from nni_cream.reporting import Reporter
 from nni_cream.runs import RunDirectory
