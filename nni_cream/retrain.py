@@ -19,6 +19,7 @@ from nni_cream.genotype import Genotype
 from nni_cream.models.darts import DartsNetwork
 from nni_cream.ranks import is_first
 from nni_cream.recipe import RetrainRecipe, complaint, to_yaml
+from nni_cream.report import leave_report, show_report
 from nni_cream.reporting import Reporter, on_terminal
 from nni_cream.runs import RunDirectory, read_json, write_json
 from nni_cream.search import arrange_in_memory, load_splits, make_loader, make_trainer, make_training_loader
@@ -27,7 +28,7 @@ from nni_cream.trouble import named_batch
 
 
 def retrain(recipe: RetrainRecipe, candidate: Candidate, directory: RunDirectory) -> float:
-    """Train, test, and write the trained network into ``directory``.
+    """Train, test, and write the trained network and a report into ``directory``.
 
     Returns:
         The accuracy on the test part, which neither the search nor this training has seen, in [0, 1].
@@ -45,6 +46,7 @@ def retrain(recipe: RetrainRecipe, candidate: Candidate, directory: RunDirectory
             # NNI starts a trial again whose end it has not seen.
             reporter.deliver()
             reporter.final(_told_to_nni(result))
+            show_report(recipe, directory)
         return print_result(result)
 
     child = candidate.load(recipe.rank)
@@ -125,6 +127,7 @@ def retrain(recipe: RetrainRecipe, candidate: Candidate, directory: RunDirectory
     )
     write_json(result_file, result)
     reporter.final(_told_to_nni(result))
+    leave_report(recipe, directory)
     return print_result(result)
 
 
