@@ -38,6 +38,42 @@ class BoardEntry:
         return (self.score, self.macs, self.path)
 
 
+@dataclass(frozen=True)
+class Place:
+    """What is remembered of an entry: its path, its score in percent, and its multiply-accumulates."""
+
+    path: Path
+    score: float
+    macs: int
+
+
+class BoardHistory:
+    """What was on the board after every epoch, so that a person can see how it came about.
+
+    Attributes:
+        epochs: from the number of an epoch, counted from 1, to the places after it, the best first.
+    """
+
+    def __init__(self) -> None:
+        self.epochs: dict[int, tuple[Place, ...]] = {}
+
+    def remember(self, epoch: int, board: PrioritizedBoard) -> None:
+        """Remember the board after ``epoch``; one that is run again takes the place of its first try."""
+        self.epochs = {number: places for number, places in self.epochs.items() if number < epoch}
+        self.epochs[epoch] = tuple(Place(entry.path, entry.score, entry.macs) for entry in board.entries)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return plain values, for a checkpoint."""
+        return {"epochs": {number: [vars(place) for place in places] for number, places in self.epochs.items()}}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore them."""
+        self.epochs = {
+            number: tuple(Place(**{**place, "path": tuple(place["path"])}) for place in places)
+            for number, places in state["epochs"].items()
+        }
+
+
 class PrioritizedBoard:
     """At most ``capacity`` paths, the best first.
 

@@ -27,7 +27,7 @@ from nni.experiment import Experiment
 from nni_cream.cli import Parser, run
 from nni_cream.errors import UserError
 from nni_cream.recipe import read_yaml
-from nni_cream.runs import describe
+from nni_cream.runs import REPORT, describe
 
 _FIRST_PORT = 8080
 _LAST_PORT = 65535
@@ -135,6 +135,9 @@ def _conclude(trials: list[Any], metrics: dict[str, list[Any]], log_of: Callable
     _print_result(results[best])
     folder = next(trial.logPath for trial in trials if trial.trialJobId == best)
     print(f"folder:    {folder}", flush=True)
+    # Not of a trial on another machine, whose folder is there.
+    if (report := Path(folder) / REPORT).exists():
+        print(f"report:    {report}", flush=True)
     return True
 
 

@@ -728,6 +728,22 @@ def _shown(value: Any) -> str:
     return text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]}…"
 
 
+def changed_settings(recipe: Settings) -> dict[str, tuple[Any, Any]]:
+    """Return the settings that are not as they would be by themselves.
+
+    Returns:
+        By their dotted key the value and the default; what has no default, and so has to be given, is not among them.
+    """
+    changed: dict[str, tuple[Any, Any]] = {}
+    for name, field in type(recipe).model_fields.items():
+        value = getattr(recipe, name)
+        if isinstance(value, Settings):
+            changed |= {f"{name}.{key}": pair for key, pair in changed_settings(value).items()}
+        elif not field.is_required() and value != field.default:
+            changed[name] = (value, field.default)
+    return changed
+
+
 def to_yaml(recipe: Settings) -> str:
     """Write a recipe as YAML, with every setting in it."""
     text: str = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)

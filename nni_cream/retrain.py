@@ -20,6 +20,7 @@ from nni_cream.mixing import Mixing
 from nni_cream.models.darts import DartsNetwork
 from nni_cream.ranks import is_first
 from nni_cream.recipe import RetrainRecipe, complaint, to_yaml
+from nni_cream.report import leave_report, show_report
 from nni_cream.reporting import Reporter, on_terminal
 from nni_cream.runs import RunDirectory, read_json, write_json
 from nni_cream.search import arrange_in_memory, load_splits, make_loader, make_trainer, make_training_loader
@@ -28,7 +29,7 @@ from nni_cream.trouble import named_batch
 
 
 def retrain(recipe: RetrainRecipe, candidate: Candidate, directory: RunDirectory) -> float:
-    """Train, test, and write the trained network into ``directory``.
+    """Train, test, and write the trained network and a report into ``directory``.
 
     With averaged weights ``model.safetensors`` and the result are theirs; the plain ones are beside it.
 
@@ -48,6 +49,7 @@ def retrain(recipe: RetrainRecipe, candidate: Candidate, directory: RunDirectory
             # NNI starts a trial again whose end it has not seen.
             reporter.deliver()
             reporter.final(_told_to_nni(result))
+            show_report(recipe, directory)
         return print_result(result)
 
     child = candidate.load(recipe.rank)
@@ -131,6 +133,7 @@ def retrain(recipe: RetrainRecipe, candidate: Candidate, directory: RunDirectory
         save_network(file, module.ema.module, averaged=True, **notes)
     write_json(result_file, result)
     reporter.final(_told_to_nni(result))
+    leave_report(recipe, directory)
     return print_result(result)
 
 

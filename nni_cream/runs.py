@@ -17,6 +17,7 @@ from nni_cream.locking import ProcessLock
 from nni_cream.ranks import is_first
 
 RUNS: Final = Path("runs")
+REPORT: Final = "report.html"
 PACKAGES: Final = ("nni", "torch", "torchvision", "timm", "pytorch-lightning", "torchmetrics", "numpy", "pydantic")
 
 
@@ -110,6 +111,16 @@ class RunDirectory:
     def child(self) -> Path:
         """The result of a search, whether or not it exists yet."""
         return self.path / "child.json"
+
+    @property
+    def history(self) -> Path:
+        """What a search has measured after every epoch, whether or not it exists yet."""
+        return self.path / "history.json"
+
+    @property
+    def report(self) -> Path:
+        """The report for a person, whether or not it exists yet."""
+        return self.path / REPORT
 
     def owner(self) -> int | None:
         """Return the id of another process that runs here, 0 if it is not known, or None if there is none."""

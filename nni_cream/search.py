@@ -28,22 +28,24 @@ from nni_cream.data import DataSplits, LabelledImages, load_data
 from nni_cream.data_names import Augmentation, Fractions
 from nni_cream.errors import UserError
 from nni_cream.genotype import Genotype
+from nni_cream.history import History, Seen
 from nni_cream.launching import SharedBatch
 from nni_cream.loading import Batches, TrainingBatches
 from nni_cream.ranks import is_first, rank
 from nni_cream.recipe import CreamRecipe, Data, Device, Flops, Recipe, to_yaml
+from nni_cream.report import leave_report, show_report
 from nni_cream.reporting import Reporter, on_terminal
 from nni_cream.resident import as_resident
 from nni_cream.runs import RunDirectory
 from nni_cream.shards import Shards
 from nni_cream.soundness import Soundness
 from nni_cream.strategies.cream import CreamStrategy
-from nni_cream.strategies.cream_module import RankedPath
+from nni_cream.strategies.cream_module import CreamLightningModule, RankedPath
 from nni_cream.training import ImageClassifier
 from nni_cream.trouble import named_batch
 
 if TYPE_CHECKING:
-    from search_spaces.cream import SpacePlan
+    from search_spaces.cream import CreamSpace, SpacePlan
 
 _MILLION: Final = 1_000_000
 
@@ -53,11 +55,11 @@ _TrainingBatches: Final = nni.trace(TrainingBatches)
 
 
 def search_cream(recipe: CreamRecipe, directory: RunDirectory) -> Child:
-    """Search, write the child into ``directory``, and report it."""
+    """Search, write the child and a report into ``directory``, and tell NNI."""
     from search_spaces.cream import CreamSpace, plan_space
 
     reporter = Reporter(directory.path, quiet=on_terminal())
-    if (ended := ended_search(directory, reporter)) is not None:
+    if (ended := ended_search(recipe, directory, reporter)) is not None:
         return ended
 
     pl.seed_everything(recipe.seed, verbose=False)
@@ -116,10 +118,25 @@ def search_cream(recipe: CreamRecipe, directory: RunDirectory) -> Child:
     )
     network = module.calibrated_network(best.sample)
     if is_first():
+        # A child counts as the end of a search, so that it comes last.
+        History(len(splits.validation), board=board_by_epoch(module, space)).save(directory.history)
         child.save(directory.child, network)
         reporter.final(result_of(child))
         print_child(child, directory)
+        leave_report(recipe, directory)
     return child
+
+
+def board_by_epoch(module: CreamLightningModule, space: CreamSpace) -> dict[int, list[Seen]]:
+    """Return what was on the board after every epoch; of paths that are one architecture, the better one."""
+    epochs = {}
+    for epoch, places in module.history.epochs.items():
+        seen: dict[str, Seen] = {}
+        for place in places:
+            path = str(space.architecture(module.paths.to_sample(place.path)))
+            seen.setdefault(path, Seen(path, place.score, place.macs))
+        epochs[epoch] = list(seen.values())
+    return epochs
 
 
 def initialize(strategy: OneShotStrategy, space: ModelSpace, evaluator: Lightning, reporter: Reporter) -> None:
@@ -137,7 +154,7 @@ def initialize(strategy: OneShotStrategy, space: ModelSpace, evaluator: Lightnin
     engine.register_model_event_callback(ModelEventType.IntermediateMetric, forward)
 
 
-def ended_search(directory: RunDirectory, reporter: Reporter) -> Child | None:
+def ended_search(recipe: Recipe, directory: RunDirectory, reporter: Reporter) -> Child | None:
     """Return, print and report what the search in ``directory`` has found; None if none has ended there."""
     if not directory.child.exists():
         return None
@@ -155,6 +172,7 @@ def ended_search(directory: RunDirectory, reporter: Reporter) -> Child | None:
     reporter.deliver()
     reporter.final(told)
     print_child(child, directory)
+    show_report(recipe, directory)
     return child
 
 

@@ -15,10 +15,11 @@ from nni_cream.child import Child
 from nni_cream.cost import measure_network
 from nni_cream.data import LabelledImages
 from nni_cream.distributed import total
+from nni_cream.history import History
 from nni_cream.loading import first_batches
-from nni_cream.plots import save_cells
 from nni_cream.ranks import is_first
 from nni_cream.recipe import DartsRecipe, to_yaml
+from nni_cream.report import leave_report
 from nni_cream.reporting import Reporter, on_terminal
 from nni_cream.runs import RunDirectory
 from nni_cream.search import (
@@ -42,11 +43,11 @@ _CALIBRATION_BATCHES = 20
 
 
 def search_darts(recipe: DartsRecipe, directory: RunDirectory) -> Child:
-    """Search, write the child and the pictures of its cells into ``directory``, and report it."""
+    """Search, write the child and a report into ``directory``, and tell NNI."""
     from search_spaces.darts import DartsSpace
 
     reporter = Reporter(directory.path, quiet=on_terminal())
-    if (ended := ended_search(directory, reporter)) is not None:
+    if (ended := ended_search(recipe, directory, reporter)) is not None:
         return ended
 
     pl.seed_everything(recipe.seed, verbose=False)
@@ -100,11 +101,19 @@ def search_darts(recipe: DartsRecipe, directory: RunDirectory) -> Child:
         },
         space=recipe.space.model_dump(mode="json"),
     )
+    # A search that was ended has once more the epoch that it went back to.
+    epochs = module.epochs if module.ended_because is None else module.epochs[:-1]
+    history = History(
+        len(splits.validation),
+        alphas={name: [epoch.alphas[number].tolist() for epoch in epochs] for number, name in enumerate(module.alphas)},
+    )
     if is_first():
-        save_cells(space.genotype(sample), directory.path)
+        # A child counts as the end of a search, so that it comes last.
+        history.save(directory.history)
         child.save(directory.child, network)
         reporter.final(result_of(child))
         print_child(child, directory)
+        leave_report(recipe, directory)
     return child
 
 

@@ -261,7 +261,7 @@ def left_behind(folder: Path) -> dict[str, Any]:
         tag: {event.step: event.value for event in events.Scalars(tag)}
         for tag in sorted(events.Tags()["scalars"])
     }
-    for name in ("child.json", "result.json"):
+    for name in ("child.json", "result.json", "history.json"):
         if (folder / name).exists():
             found[name] = {k: v for k, v in json.loads((folder / name).read_text()).items() if k != "folder"}
     for name in ("child.safetensors", "model.safetensors", "model_plain.safetensors"):

@@ -57,9 +57,12 @@ def test_a_cream_search_and_retraining_on_real_images_reach_98_percent(copy_of_p
     assert time.monotonic() - started < 600
 
     recipe = yaml.safe_load((copy_of_project / "experiments/recipes/cream_mnist5k.yml").read_text())
-    words = words_of(search, "flops:", "folder:")
+    words = words_of(search, "flops:", "folder:", "report:")
     flops = int(words["flops"].split()[0].replace(",", ""))
     assert recipe["flops"]["min"] * 1e6 <= flops <= recipe["flops"]["max"] * 1e6
+
+    assert Path(words["report"]).parent == Path(words["folder"])
+    assert "<title>Cream search “cream_mnist5k”</title>" in Path(words["report"]).read_text(encoding="utf-8")
 
     training = run(copy_of_project, "trials/retrain_child.py")
     assert accuracy_of(training, words["folder"]) > 0.98

@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 
-from nni_cream.board import BoardEntry, PrioritizedBoard
+from nni_cream.board import BoardEntry, BoardHistory, Place, PrioritizedBoard
 from nni_cream.sampling import Path
 from tests.conftest import REPOSITORY
 from tests.reference import golden
@@ -182,3 +182,33 @@ class TestFrequencies:
             [1.0],
             [0.5, 0.5],
         ]
+
+
+class TestHistory:
+    def test_remembers_path_score_and_cost_of_every_epoch(self) -> None:
+        history, board = BoardHistory(), board_of(entry((0, 1), 40.0, 7))
+        history.remember(2, board)
+        board.add(entry((1, 1), 60.5, 9))
+        history.remember(3, board)
+        board.rescore({(0, 1): 70.0})
+        history.remember(4, board)
+        first, second = Place((0, 1), 40.0, 7), Place((1, 1), 60.5, 9)
+        assert history.epochs == {2: (first,), 3: (second, first), 4: (Place((0, 1), 70.0, 7), second)}
+
+    def test_an_epoch_that_is_run_again_takes_the_place_of_its_first_try(self) -> None:
+        history = BoardHistory()
+        for epoch in (1, 2, 3):
+            history.remember(epoch, board_of(entry((0,), float(epoch))))
+        history.remember(2, board_of(entry((5,), 9.0)))
+        assert [(epoch, places[0].path) for epoch, places in history.epochs.items()] == [(1, (0,)), (2, (5,))]
+
+    def test_a_checkpoint_gives_it_back_and_executes_nothing(self) -> None:
+        history = BoardHistory()
+        history.remember(1, board_of())
+        history.remember(2, board_of(entry((0, 2), 100 / 3), entry((1, 2), 0.1)))
+        file = io.BytesIO()
+        torch.save(history.state_dict(), file)
+        file.seek(0)
+        restored = BoardHistory()
+        restored.load_state_dict(torch.load(file, weights_only=True))
+        assert restored.epochs == history.epochs

@@ -80,7 +80,7 @@ def test_nnictl_create_runs_a_search_that_reports_to_nni(experiment: str) -> Non
 def test_the_runner_prints_the_result_and_ends_with_0(tiny: Path) -> None:
     result = run_experiment(tiny)
     assert result.returncode == 0, result.stderr
-    for word in ("web UI:", "epoch 2,", "path:", "flops:", "params:", "accuracy:", "folder:"):
+    for word in ("web UI:", "epoch 2,", "path:", "flops:", "params:", "accuracy:", "folder:", "report:"):
         assert word in result.stdout
     match = re.search(r"^folder: +(.+)$", result.stdout, re.MULTILINE)
     assert match is not None
@@ -143,6 +143,15 @@ def test_the_best_finite_result_of_a_finished_trial_wins(capsys: pytest.CaptureF
 def test_a_result_is_printed(result: dict[str, Any], expected: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert _conclude([trial("a", "SUCCEEDED")], {"a": [final(result)]}, lambda _: [])
     assert capsys.readouterr().out.splitlines()[1:-1] == expected
+
+
+def test_a_report_is_named_where_it_is_on_this_machine(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ended = SimpleNamespace(trialJobId="a", status="SUCCEEDED", logPath=str(tmp_path))
+    assert _conclude([ended], {"a": [final({"default": 0.5})]}, lambda _: [])
+    assert capsys.readouterr().out.splitlines()[-1] == f"folder:    {tmp_path}"
+    (tmp_path / "report.html").touch()
+    assert _conclude([ended], {"a": [final({"default": 0.5})]}, lambda _: [])
+    assert capsys.readouterr().out.splitlines()[-1] == f"report:    {tmp_path / 'report.html'}"
 
 
 def test_the_runner_says_what_is_wrong_with_the_yaml(tiny: Path) -> None:

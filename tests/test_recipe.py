@@ -23,6 +23,7 @@ from nni_cream.recipe import (
     Optimizer,
     RetrainRecipe,
     Settings,
+    changed_settings,
     dotted_keys,
     load_recipe,
     parse_override,
@@ -927,3 +928,39 @@ def test_checking_a_recipe_imports_nothing_heavy() -> None:
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout.strip() == "[]"
+
+
+class TestChangedSettings:
+    def test_are_none_where_only_what_has_to_be_given_is_given(self) -> None:
+        recipe = CreamRecipe.model_validate({"name": "a", "epochs": 30, "flops": {"min": 1, "max": 2}})
+        assert changed_settings(recipe) == {}
+
+    def test_are_named_with_value_and_default(self) -> None:
+        recipe = DartsRecipe.model_validate(
+            {
+                "name": "a",
+                "epochs": 3,
+                "seed": 7,
+                "data": {"resolution": 16, "augmentation": {"hflip": 0.5}, "name": "mnist5k"},
+                "space": {"operations": ["none", "skip_connect"]},
+                "optimizer": {"name": "momentum"},
+                "darts": {"eigenvalue": "track", "alpha_betas": [0.5, 0.999]},
+            }
+        )
+        changed = changed_settings(recipe)
+        assert changed.pop("space.operations")[0] == ("none", "skip_connect")
+        assert changed == {
+            "seed": (7, 0),
+            "data.resolution": (16, 32),
+            "data.augmentation.hflip": (0.5, None),
+            "optimizer.name": ("momentum", "sgd"),
+            "darts.eigenvalue": ("track", "off"),
+        }
+
+    @pytest.mark.parametrize("kind", [CreamRecipe, DartsRecipe, RetrainRecipe, EvaluationRecipe])
+    def test_have_keys_that_can_be_set(self, kind: type[Settings]) -> None:
+        required = {"name": "a", "epochs": 30, "flops": {"min": 1, "max": 2}}
+        given = {key: value for key, value in required.items() if key in kind.model_fields}
+        recipe = kind.model_validate({**given, "device": {"threads": 3}})
+        assert changed_settings(recipe) == {"device.threads": (3, None)}
+        assert set(changed_settings(recipe)) <= set(dotted_keys(kind))

@@ -103,6 +103,9 @@ def test_a_genotype_is_trained_and_tested(tmp_path: Path, candidate: Candidate) 
     assert {name: tensor.shape for name, tensor in loaded.network.state_dict().items()} == shapes
     result = evaluate(EvaluationRecipe.model_validate({"device": {"accelerator": "cpu"}}), file)
     assert (result.top1, result.top5) == (stored["test_accuracy"], stored["test_top5"])
+    report = (tmp_path / "run/report.html").read_text()
+    assert f"{100 * accuracy:.2f}\u00a0% of the test images" in report
+
     # The same again trains nothing.
     before = file.stat().st_mtime_ns
     assert run(tmp_path / "run", candidate) == accuracy

@@ -13,10 +13,12 @@ from safetensors.torch import load_file
 from torch import nn
 
 from nni_cream.architecture import CreamPath
+from nni_cream.board import BoardHistory, Place
 from nni_cream.child import Child, build_network
 from nni_cream.cost import Cost, measure, measure_network, measure_space
 from nni_cream.data import Augmentation, DataSplits, Fractions, LabelledImages, load_data
 from nni_cream.errors import UserError
+from nni_cream.history import History, Seen
 from nni_cream.models.cream import OPERATIONS, STAGES, STEM_CHANNELS, build_child
 from nni_cream.recipe import CreamRecipe, Data, Device, Flops, load_recipe, parse_override, to_yaml
 from nni_cream.reporting import Reporter
@@ -30,6 +32,7 @@ from nni_cream.search import (
     search_cream,
 )
 from nni_cream.strategies.cream_module import RankedPath
+from nni_cream.supernet.paths import PathSpace
 from search_spaces.cream import CreamSpace, SpacePlan
 
 # Every setting is another than its default. The depths are 1, 2, 3, 3, 1, and candidate 6 is operation 9, the residual
@@ -71,10 +74,13 @@ class Stub:
     ranking: ClassVar[list[RankedPath]] = []
     made: ClassVar[list[Stub]] = []
     refusal: ClassVar[UserError | None] = None
+    places: ClassVar[list[tuple[Place, ...]]] = []
 
     def __init__(self, **settings: Any) -> None:
         self.settings = settings
         self.oneshot_module = self
+        self.history = BoardHistory()
+        self.history.epochs = dict(enumerate(self.places, start=1))
         self.has_run = False
         self.made.append(self)
 
@@ -86,6 +92,7 @@ class Stub:
             self.ranking.append(ranked(CreamPath.of([[0], *([0] * depth for depth in self.space.depths), [0]]), 1, 2))
 
     def run(self) -> None:
+        self.paths = PathSpace(self.space)
         self.has_run = True
 
     @torch.no_grad()
@@ -103,7 +110,11 @@ def _stub(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(Stub, "ranking", [])
     monkeypatch.setattr(Stub, "made", [])
     monkeypatch.setattr(Stub, "refusal", None)
+    monkeypatch.setattr(Stub, "places", [])
     monkeypatch.setattr("nni_cream.search.CreamStrategy", Stub)
+    # Drawing takes longer than all the rest.
+    monkeypatch.setattr("nni_cream.search.leave_report", lambda _, directory: print(f"report of {directory.path}"))
+    monkeypatch.setattr("nni_cream.search.show_report", lambda _, directory: print(f"again of {directory.path}"))
     if request.cls is not TestFolder:
         # It measures two spaces, which takes longer than all the rest.
         monkeypatch.setattr("nni_cream.search.refuse_unreachable", lambda *_: None)
@@ -296,10 +307,11 @@ class TestWhatASearchEndsWith:
             "params:    1.245 M",
             "accuracy:  0.9877 with shared weights, on held-out images",
             f"folder:    {tmp_path}",
+            f"report of {tmp_path}",
         ]
 
     def test_the_same_again_searches_nothing_and_reports_its_end(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
         # NNI starts a trial again whose end it has not seen.
         reported: list[dict[str, Any]] = []
@@ -309,6 +321,39 @@ class TestWhatASearchEndsWith:
         assert search(tmp_path)[0] == child  # search() makes sure that there has been one strategy
         assert (tmp_path / "child.json").stat().st_mtime_ns == before
         assert reported[1:] == reported[:1]
+        assert capsys.readouterr().out.splitlines()[-1] == f"again of {tmp_path}"
+
+    def test_the_child_comes_after_the_history_and_the_report_last(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A child counts as the end of a search; a report may fail."""
+        order: list[str] = []
+        monkeypatch.setattr(History, "save", lambda *_: order.append("history"))
+        monkeypatch.setattr(Child, "save", lambda *_: order.append("child"))
+        monkeypatch.setattr(Reporter, "final", lambda *_: order.append("NNI"))
+        monkeypatch.setattr("nni_cream.search.leave_report", lambda *_: order.append("report"))
+        search(tmp_path)
+        assert order == ["history", "child", "NNI", "report"]
+
+    def test_a_history_of_the_board(self, tmp_path: Path, splits: DataSplits) -> None:
+        """Paths that are one architecture are seen once, as the better one."""
+        paths = [path for path, _, _ in self.RANKING[:4]]
+        indices = [tuple(itertools.chain.from_iterable(path)) for path in paths]
+        Stub.places[:] = [
+            (),
+            (Place(indices[2], 60.5, 301), Place(indices[1], 50.0, 500), Place(indices[0], 40.0, 300)),
+            (Place(indices[0], 70.25, 300), Place(indices[3], 65.0, 501)),
+        ]
+        search(tmp_path)
+        best, second = str(CreamPath(self.BEST)), str(CreamPath.of(self.OTHERS[0]["path"]))  # type: ignore[arg-type]
+        assert History.load(tmp_path / "history.json") == History(
+            len(splits.validation),
+            board={
+                1: [],
+                2: [Seen(best, 60.5, 301), Seen(second, 50.0, 500)],
+                3: [Seen(best, 70.25, 300), Seen(second, 65.0, 501)],
+            },
+        )
 
 
 class TestFolder:

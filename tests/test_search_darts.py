@@ -20,7 +20,8 @@ from nni_cream.data import DataSplits, Fractions, load_data
 from nni_cream.errors import UserError
 from nni_cream.evaluate import evaluate, load_checkpoint
 from nni_cream.genotype import Genotype
-from nni_cream.plots import save_cells
+from nni_cream.history import History
+from nni_cream.plots.cells import save_cells
 from nni_cream.recipe import DartsRecipe, EvaluationRecipe, to_yaml
 from nni_cream.reporting import Reporter
 from nni_cream.runs import RunDirectory
@@ -157,17 +158,20 @@ def splits() -> DataSplits:
 class TestWhatASearchLeaves:
     def test_files(self, found: Search) -> None:
         names = {path.name for path in found.folder.iterdir()}
-        cells = {f"cell_{kind}.{suffix}" for kind in ("normal", "reduce") for suffix in ("svg", "png")}
+        drawn = ("cell_normal", "cell_reduce", "alphas_normal", "alphas_reduce", "curves")
+        pictures = {f"{name}.{suffix}" for name in drawn for suffix in ("svg", "png")}
         wanted = {
             ".lock",
             "child.json",
             "child.safetensors",
+            "history.json",
+            "report.html",
             "metrics.csv",
             "recipe.yml",
             "environment.json",
             "checkpoints",
         }
-        assert names == wanted | cells | {"tensorboard"}
+        assert names == wanted | pictures | {"tensorboard"}
         assert (found.folder / "recipe.yml").read_text() == to_yaml(recipe_with())
         assert Child.load(found.folder / "child.json") == found.child
 
@@ -175,6 +179,16 @@ class TestWhatASearchLeaves:
         assert isinstance(found.child.architecture, Genotype)
         for file in save_cells(found.child.architecture, tmp_path):
             assert (found.folder / file.name).read_bytes() == file.read_bytes()
+
+    def test_history_of_alpha(self, found: Search, splits: DataSplits) -> None:
+        history = History.load(found.folder / "history.json")
+        assert history.images == len(splits.validation)
+        assert list(history.alphas) == ["normal", "reduce"]
+        module = found.notes.strategies[0].oneshot_module
+        for name, tables in history.alphas.items():
+            assert len(tables) == 2
+            assert torch.equal(torch.tensor(tables[-1]), module.alphas[name].detach())
+            assert not torch.equal(torch.tensor(tables[0]), torch.tensor(tables[-1]))
 
     def test_metrics_of_every_epoch(self, found: Search) -> None:
         table = rows(found.folder)
@@ -293,6 +307,7 @@ class TestWhatASearchLeaves:
             f"params:    {found.child.params / 1e6:.3f} M",
             f"accuracy:  {found.child.accuracy:.4f} with shared weights, on held-out images",
             f"folder:    {found.folder}",
+            f"report:    {found.folder / 'report.html'}",
         ]
 
 
@@ -446,7 +461,7 @@ class TestInterruption:
             raise RuntimeError("killed")
 
         with monkeypatch.context() as patch:
-            patch.setattr(module_under_test, "save_cells", fail)
+            patch.setattr(Child, "save", fail)
             with pytest.raises(RuntimeError, match="killed"):
                 search(tmp_path, darts={"order": "first"})
         before = rows(tmp_path)
@@ -455,6 +470,17 @@ class TestInterruption:
         assert len(before) == 2
         assert again.child.search["supernet_accuracy"] == float(before[-1]["val_accuracy"])
         assert (tmp_path / "child.json").exists()
+
+
+def test_the_child_comes_after_the_history_and_the_report_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A child counts as the end of a search; a report may fail."""
+    order: list[str] = []
+    monkeypatch.setattr(History, "save", lambda *_: order.append("history"))
+    monkeypatch.setattr(Child, "save", lambda *_: order.append("child"))
+    monkeypatch.setattr(module_under_test, "leave_report", lambda *_: order.append("report"))
+    made = search(tmp_path, epochs=1, darts={"order": "first"})
+    assert order == ["history", "child", "report"]
+    assert len(made.notes.reports) == 1
 
 
 def test_a_search_that_collapses_ends_early_and_says_why(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -466,6 +492,10 @@ def test_a_search_that_collapses_ends_early_and_says_why(tmp_path: Path, capsys:
     assert f"The search was ended: {why}." in capsys.readouterr().out.splitlines()
     assert [row["epoch"] for row in rows(tmp_path)] == ["1"]
     assert made.child.search["epochs"] == 4
+    # The epoch that it went back to is not counted twice.
+    history = History.load(tmp_path / "history.json")
+    assert {name: len(tables) for name, tables in history.alphas.items()} == {"normal": 1, "reduce": 1}
+    assert "The search was ended early: the normal cell keeps" in (tmp_path / "report.html").read_text()
 
 
 @pytest.mark.slow

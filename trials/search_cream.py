@@ -3,7 +3,8 @@
     python trials/search_cream.py --recipe experiments/recipes/cream_mnist5k.yml
 
 The same command is the trial of ``experiments/cream.yml``; without NNI it reports to the terminal. It ends with
-``child.json`` and ``child.safetensors`` in the run directory. Given again, it goes on where it was interrupted.
+``child.json``, ``child.safetensors`` and ``report.html`` in the run directory. Given again, it goes on where it was
+interrupted.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
     python trials/search_darts.py --recipe experiments/recipes/darts_mnist5k.yml
 
 The same command is the trial of ``experiments/darts.yml``; without NNI it reports to the terminal. It ends with
-``child.json``, ``child.safetensors`` and pictures of the cells in the run directory. Given again, it goes on where it
+``child.json``, ``child.safetensors`` and ``report.html`` in the run directory. Given again, it goes on where it
 was interrupted.
 """
 

@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader
 
 from nni_cream import soundness
 from nni_cream.averages import StepMean
-from nni_cream.board import BoardEntry, PrioritizedBoard
+from nni_cream.board import BoardEntry, BoardHistory, PrioritizedBoard
 from nni_cream.cost import Cost, CostTable
 from nni_cream.distributed import agreed, average_, gathered, mean, processes, total
 from nni_cream.errors import UserError
@@ -105,6 +105,7 @@ class CreamLightningModule(BaseOneShotLightningModule):
         self.paths = paths
         self.table = table
         self.board = PrioritizedBoard(settings.board_size, settings.admission_gap)
+        self.history = BoardHistory()
         self.matching = MatchingLayer(settings.board_images, num_classes)
         self.ranking: list[RankedPath] = []
         self._ranking_batches = ranking_batches
@@ -421,6 +422,7 @@ class CreamLightningModule(BaseOneShotLightningModule):
         shares = [number / seen for number in correct]
         percent = (100 * number / seen for number in correct)
         self.board.rescore(dict(zip(self._measured, percent, strict=True)))
+        self.history.remember(self.trainer.current_epoch + 1, self.board)
         self.log("val_accuracy", max(shares), prog_bar=True, sync_dist=True)
         self.log("board_size", float(len(self.board)), sync_dist=True)
         if self._teaching_weight.weight > 0:
@@ -502,6 +504,7 @@ class CreamLightningModule(BaseOneShotLightningModule):
         """Keep what Lightning does not know of."""
         checkpoint["cream"] = {
             "board": self.board.state_dict(),
+            "history": self.history.state_dict(),
             "generator": self._generator.bit_generator.state,
             "held_out_position": self._held_out_position,
             "typical_accuracy": self._typical_accuracy,
@@ -512,6 +515,7 @@ class CreamLightningModule(BaseOneShotLightningModule):
         """Restore what :meth:`on_save_checkpoint` kept."""
         state = checkpoint["cream"]
         self.board.load_state_dict(state["board"])
+        self.history.load_state_dict(state["history"])
         self._generator.bit_generator.state = state["generator"]
         self._held_out_position = state["held_out_position"]
         self._typical_accuracy = state["typical_accuracy"]

@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import requests
-from playwright.sync_api import Page, expect, sync_playwright
+from playwright.sync_api import Page, expect
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from nni_cream.architecture import CreamPath
+from tests.browser import new_page
 from tests.experiments.running import Running, running, tiny_experiment
 
 pytestmark = pytest.mark.slow
 
 EPOCHS = 5
-BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 # The page draws its curves on a canvas; this asks the library that draws for their points.
 CURVES = """() => {
     const chart = document.querySelector("[_echarts_instance_]");
@@ -48,14 +47,9 @@ def experiment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
 @pytest.fixture(scope="module")
 def page(experiment: Running) -> Iterator[Page]:
     """The page of the trials."""
-    if BROWSER is None:
-        pytest.fail("There is no Chromium (Debian: apt-get install chromium).")
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
-        page = browser.new_page(viewport={"width": 1840, "height": 840})
+    with new_page(viewport={"width": 1840, "height": 840}) as page:
         page.goto(f"http://127.0.0.1:{experiment.port}/detail")
         yield page
-        browser.close()
 
 
 def curve_on(page: Page) -> list[float]:

@@ -595,6 +595,17 @@ class TestBoard:
         for entry in search.module.board.entries:
             assert entry.score == share_of_held_out(state, sample_of(entry.path))
 
+    def test_the_history_has_the_board_after_every_epoch(self, run: Callable[..., Search]) -> None:
+        search = run(teacher="matching")
+        history = search.module.history.epochs
+        assert list(history) == [1, 2, 3]
+        assert history[1] == ()  # of the warm-up
+        last = [(entry.path, entry.score, entry.macs) for entry in search.module.board.entries]
+        assert [(place.path, place.score, place.macs) for place in history[3]] == last
+        assert len(last) == 4
+        for epoch, report in zip((2, 3), search.reports[1:], strict=True):
+            assert history[epoch][0].score == pytest.approx(100 * report["val_accuracy"], abs=1e-9)
+
     def test_entries_keep_what_the_path_answered_in_training(self, run: Callable[..., Search]) -> None:
         search = run(teacher="matching")
         found = 0
@@ -793,6 +804,8 @@ class TestResume:
         for name, tensor in straight.module.state_dict().items():
             assert torch.equal(resumed.module.state_dict()[name], tensor), name
         assert resumed.module.ranking == straight.module.ranking
+        assert resumed.module.history.epochs == straight.module.history.epochs
+        assert list(resumed.module.history.epochs) == [1, 2, 3, 4]
 
     def test_an_interrupted_search_ends_as_an_uninterrupted_one(self, data: TensorDataset, tmp_path: Path) -> None:
         checkpoint = self.checkpoint(data, tmp_path)

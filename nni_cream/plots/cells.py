@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-import matplotlib
 import matplotlib.style
 import numpy as np
 from matplotlib.artist import Artist
@@ -27,16 +26,11 @@ from matplotlib.textpath import TextToPath
 from scipy.optimize import lsq_linear
 
 from nni_cream.genotype import CELL_INPUTS, CELL_KINDS, CellKind, Genotype
-from nni_cream.runs import write_atomically
+from nni_cream.plots.style import FONTS, INK, save_figure
 
 _TITLES: Final[dict[CellKind, str]] = {"normal": "Normal cell", "reduce": "Reduction cell"}
 
-# Text stays text, and the ids in a file are the same every time.
-_SVG_SETTINGS: Final[dict[Any, Any]] = {"svg.fonttype": "none", "svg.hashsalt": "nni_cream"}
-_PIXELS_PER_INCH: Final = 150
-
 # Points.
-_FONTS: Final = ("DejaVu Sans", "sans-serif")
 _LABEL_SIZE: Final = 10
 _STATE_SIZE: Final = 12
 _TITLE_SIZE: Final = 14
@@ -66,7 +60,6 @@ _STARTS: Final = 40
 # A bend along the way of an edge counts so many times as much as one next to the box where it begins or ends.
 _LEVEL: Final = 20.0
 
-_INK: Final = "#1a1a1a"
 _INPUT_FILL: Final = "#fff6cc"
 _NODE_FILL: Final = "#ffffff"
 _OUTPUT_FILL: Final = "#e6e6e6"
@@ -122,22 +115,7 @@ def save_cells(genotype: Genotype, directory: Path) -> list[Path]:
     Returns:
         The files: ``cell_normal.svg``, ``cell_normal.png``, ``cell_reduce.svg`` and ``cell_reduce.png``.
     """
-    files = []
-    for kind in CELL_KINDS:
-        figure = draw_cell(genotype, kind)
-        for suffix, metadata in (("svg", {"Date": None}), ("png", {})):
-            files.append(directory / f"cell_{kind}.{suffix}")
-            _save(figure, files[-1], suffix, metadata)
-    return files
-
-
-def _save(figure: Figure, file: Path, suffix: str, metadata: dict[str, None]) -> None:
-    def write(temporary: Path) -> None:
-        # The temporary name has no suffix that would tell the format.
-        figure.savefig(temporary, format=suffix, dpi=_PIXELS_PER_INCH, metadata=metadata)
-
-    with matplotlib.style.context("default"), matplotlib.rc_context(_SVG_SETTINGS):
-        write_atomically(file, write)
+    return [file for kind in CELL_KINDS for file in save_figure(draw_cell(genotype, kind), directory, f"cell_{kind}")]
 
 
 @dataclass(eq=False)
@@ -349,7 +327,7 @@ def _draw(layout: _Layout, title: str) -> Figure:
         _draw_box(figure, label, family.fill, family.line, _LABEL_SIZE)
     for slots, fill in ((layout.inputs, _INPUT_FILL), (layout.nodes, _NODE_FILL), ([layout.output], _OUTPUT_FILL)):
         for slot in slots:
-            _draw_box(figure, slot, fill, _INK, _STATE_SIZE)
+            _draw_box(figure, slot, fill, INK, _STATE_SIZE)
     _write(figure, title, layout.width / 2, layout.height - _TITLE_HEIGHT / 2, _TITLE_SIZE, "title")
     return figure
 
@@ -382,10 +360,10 @@ def _write(figure: Figure, text: str, x: float, y: float, size: int, name: str) 
     # By the baseline, because the middle of a text depends on which of its letters hang below.
     baseline = y - 0.36 * size / 72
     place: Any = {"ha": "center", "va": "baseline", "transform": figure.dpi_scale_trans}
-    figure.text(x, baseline, text, **place, fontsize=size, family=_FONTS, color=_INK, zorder=3, gid=f"text-{name}")
+    figure.text(x, baseline, text, **place, fontsize=size, family=FONTS, color=INK, zorder=3, gid=f"text-{name}")
 
 
 def _text_width(text: str, size: int) -> float:
-    font = FontProperties(family=_FONTS, size=size)
+    font = FontProperties(family=FONTS, size=size)
     width, _, _ = TextToPath().get_text_width_height_descent(text, font, ismath=False)
     return float(width) / 72

@@ -24,7 +24,7 @@ from matplotlib.transforms import Bbox
 from PIL import Image
 
 from nni_cream.genotype import CELL_KINDS, PUBLISHED_GENOTYPES, CellKind, Genotype
-from nni_cream.plots import draw_cell, save_cells
+from nni_cream.plots.cells import draw_cell, save_cells
 
 OPERATIONS = ("none", "max_pool_3x3", "skip_connect", "sep_conv_3x3", "conv_7x1_1x7", "an_operation_with_a_long_name")
 # Both edges from one input, the other input unused.
@@ -291,7 +291,7 @@ def test_same_bytes_for_the_same_genotype_in_another_process_and_without_pyplot(
     program = (
         "import hashlib, json, sys, pathlib\n"
         "from nni_cream.genotype import Genotype\n"
-        "from nni_cream.plots import save_cells\n"
+        "from nni_cream.plots.cells import save_cells\n"
         "files = save_cells(Genotype.parse(sys.argv[1]), pathlib.Path(sys.argv[2]))\n"
         "hashes = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]\n"
         "print(json.dumps([hashes, 'matplotlib.pyplot' in sys.modules]))\n"
