@@ -9,51 +9,26 @@ images that stay on the device as one tensor (``data.resident``) and once with i
 
 from __future__ import annotations
 
-import functools
-import tempfile
-from pathlib import Path
 from typing import Any
 
 import torch
-from common import ROOT, judged, make_parser, save_result, table
+from common import judged, make_parser, save_result, table
 from fused_cell import be_quiet
-from pytorch_lightning.profilers import SimpleProfiler
-
-from nni_cream import search, search_darts
-from nni_cream.recipe import CreamRecipe, DartsRecipe, load_recipe
-from nni_cream.runs import RunDirectory
+from profiling import profile
 
 LONGEST = 0.05
 MOVING: dict[str, Any] = {"data.augmentation": {"crop_padding": 2, "hflip": 0.5, "color_jitter": 0.0}}
-SEARCHES: dict[str, tuple[Any, Any, str, dict[str, Any]]] = {
-    "cream_mnist5k": (search, CreamRecipe, "cream_mnist5k", {"cream.warmup_epochs": 1}),
-    "darts_mnist5k": (search_darts, DartsRecipe, "darts_mnist5k", {}),
-    "darts_mnist5k, moved": (search_darts, DartsRecipe, "darts_mnist5k", MOVING),
-    "darts_mnist5k, moved, not resident": (
-        search_darts,
-        DartsRecipe,
-        "darts_mnist5k",
-        {**MOVING, "data.resident": False},
-    ),
+SEARCHES: dict[str, tuple[str, dict[str, Any]]] = {
+    "cream_mnist5k": ("cream_mnist5k", {"cream.warmup_epochs": 1}),
+    "darts_mnist5k": ("darts_mnist5k", {}),
+    "darts_mnist5k, moved": ("darts_mnist5k", MOVING),
+    "darts_mnist5k, moved, not resident": ("darts_mnist5k", {**MOVING, "data.resident": False}),
 }
-# Two epochs of about ten steps.
-SHORT = {"epochs": 2, "data.architecture_fraction": 0.2, "data.validation_fraction": 0.6}
 
 
-def share(module: Any, kind: Any, name: str, changes: dict[str, Any], device: str) -> dict[str, float]:
+def share(name: str, changes: dict[str, Any], device: str) -> dict[str, float]:
     """Search for two epochs; return the seconds of all steps, and of all waiting for their batches."""
-    accelerator = {"device.accelerator": "gpu" if device == "cuda" else "cpu"}
-    recipe = load_recipe(kind, ROOT / f"experiments/recipes/{name}.yml", {**SHORT, **accelerator, **changes})
-    profiler = SimpleProfiler()
-    make_trainer = module.make_trainer
-    module.make_trainer = functools.partial(make_trainer, profiler=profiler)
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            run = module.search_cream if kind is CreamRecipe else module.search_darts
-            run(recipe, RunDirectory(Path(folder) / "run"))
-    finally:
-        module.make_trainer = make_trainer
-    found = profiler.recorded_durations
+    found = profile(name, changes, device)
     waiting = sum(found["[_TrainingEpochLoop].train_dataloader_next"])
     return {"waiting": waiting, "steps": sum(found["run_training_batch"])}
 

@@ -18,7 +18,8 @@ import requests
 import yaml
 
 from nni_cream.architecture import CreamPath
-from nni_cream.experiment import _conclude, _free_port
+from nni_cream.experiment import _conclude
+from tests.experiments.ports import free_port
 
 NNICTL = [sys.executable, "-m", "nni.tools.nnictl.nnictl"]
 TIMEOUT = 300
@@ -38,7 +39,7 @@ def tiny(repository: Path, tmp_path: Path) -> Path:
 @pytest.fixture
 def experiment(tiny: Path) -> Iterator[str]:
     """A running experiment; gives the address of its REST interface."""
-    port = _free_port()
+    port = free_port()
     created = subprocess.run(
         [*NNICTL, "create", "--config", str(tiny), "--port", str(port)], capture_output=True, text=True, check=True
     )

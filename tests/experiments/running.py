@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,8 +18,8 @@ import psutil
 import requests
 import yaml
 
-from nni_cream.experiment import _free_port
 from tests.conftest import REPOSITORY
+from tests.experiments.ports import free_port
 
 NNICTL = (sys.executable, "-m", "nni.tools.nnictl.nnictl")
 TINY = REPOSITORY / "tests/experiments/tiny.yml"
@@ -104,7 +104,7 @@ def nnictl(*arguments: str) -> str:
 
 
 def create(config: Path) -> Running:
-    port = _free_port()
+    port = free_port()
     found = re.search(r"Experiment ID: (\w+)", nnictl("create", "--config", str(config), "--port", str(port)))
     assert found is not None
     return Running(found.group(1), port)
@@ -118,8 +118,12 @@ def running(config: Path) -> Iterator[Running]:
         yield experiment
     except AssertionError:
         # pytest shows what a failed test has printed.
-        for log in sorted((config.parent / "runs" / experiment.identity / "log").glob("*.log")):
-            print(f"{log}:", *log.read_text().splitlines()[-60:], sep="\n")
+        below = config.parent / "runs" / experiment.identity
+        logs = [*below.glob("log/*.log"), *below.glob("environments/*/trials/*/trial.*")]
+        for log in sorted(logs):
+            print(f"{log}:", *(line[:300] for line in log.read_text().splitlines()[-30:]), sep="\n")
+        with suppress(requests.RequestException):
+            print(experiment.trials())
         raise
     finally:
         nnictl("stop", experiment.identity)

@@ -12,14 +12,14 @@ import psutil
 import pytest
 import yaml
 
-from nni_cream.experiment import _free_port
+from tests.experiments.ports import free_port
 from tests.experiments.running import SECONDS, Running, nnictl, running, tiny_experiment
 
 pytestmark = pytest.mark.slow
 
 
 def resume(experiment: Running) -> None:
-    experiment.port = _free_port()
+    experiment.port = free_port()
     nnictl("resume", experiment.identity, "--port", str(experiment.port))
 
 

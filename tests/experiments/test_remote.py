@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import pwd
-import random
 import re
 import shutil
 import socket
@@ -28,6 +27,7 @@ import requests
 import yaml
 
 from nni_cream.architecture import CreamPath
+from tests.experiments.ports import free_port
 
 SSHD = Path("/usr/sbin/sshd")
 NNICTL = [sys.executable, "-m", "nni.tools.nnictl.nnictl"]
@@ -64,7 +64,7 @@ def machine(tmp_path: Path) -> Iterator[Machine]:
     if not SSHD.exists():
         pytest.fail(f"There is no {SSHD} (Debian: apt-get install openssh-server).")
     folder = tmp_path / "ssh"
-    machine = Machine(_free_ports(1), folder / "id_rsa", tmp_path / "remote_home", folder / "sshd.log")
+    machine = Machine(free_port(), folder / "id_rsa", tmp_path / "remote_home", folder / "sshd.log")
     folder.mkdir(mode=0o700)
     machine.home.mkdir()
     for name in ("id_rsa", "host_key"):
@@ -202,7 +202,7 @@ def _experiment(config: Path, home: Path) -> Iterator[tuple[str, str]]:
     """Start an experiment; give its id and the address of its REST interface, and stop it in any case."""
     home.mkdir()
     environment = os.environ | {"HOME": str(home)}
-    port = _free_ports(2)
+    port = free_port()
     create = [*NNICTL, "create", "--config", str(config), "--port", str(port)]
     try:
         created = subprocess.run(create, capture_output=True, text=True, check=False, env=environment)
@@ -290,23 +290,3 @@ def _kill(processes: list[psutil.Process]) -> None:
 
 def _user() -> str:
     return pwd.getpwuid(os.geteuid()).pw_name
-
-
-def _free_ports(number: int) -> int:
-    """Return the first of ``number`` ports in a row on which nobody listens; NNI takes the one after its own too.
-
-    At random, because a port is taken only seconds later, and the same test may be looking for one in another process.
-    """
-    for port in random.sample(range(18100, 18899, 2), 400):
-        if all(_is_free(port + offset) for offset in range(number)):
-            return port
-    raise AssertionError("no port is free")
-
-
-def _is_free(port: int) -> bool:
-    with socket.socket() as probe:
-        try:
-            probe.bind(("127.0.0.1", port))
-        except OSError:
-            return False
-        return True
