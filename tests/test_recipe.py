@@ -614,7 +614,7 @@ class TestDarts:
             ({"ema": {"decay": 1}}, "'ema.decay' is 1, but should be less than 1."),
             ({"ema": {"decay": 0}}, "'ema.decay' is 0, but should be greater than 0."),
             ({"ema": {"decay": True}}, "ema.decay: true is not a value for this setting."),
-            ({"ema": {"warmup": "maybe"}}, "'ema.warmup' is 'maybe', but should be a valid boolean"),
+            ({"ema": {"warmup": "maybe"}}, "'ema.warmup' is 'maybe', but should be true or false"),
             ({"ema": None}, "'ema' is None, but should be a group of settings."),
             ({"ema_decay": 0.9}, "'ema_decay' is not a setting; did you mean 'ema.decay'?"),
             ({"mixing": {"mixup": -1}}, "'mixing.mixup' is -1, but should be greater than or equal to 0."),

@@ -553,7 +553,9 @@ class TestFiles:
     def test_a_checkpoint_of_another_program(self, place: Path, trained: Path, data: st.DataObject) -> None:
         file = place / "14.pth.tar"
         weights = torch.load(trained / "14.pth.tar", weights_only=True)["state_dict"]
-        first = data.draw(st.sampled_from(sorted(weights)))
+        # Files of PyTorch 0.3 lack the counts of batches.
+        needed = [name for name in sorted(weights) if not name.endswith("num_batches_tracked")]
+        first = data.draw(st.sampled_from(needed))
         fault = data.draw(
             st.sampled_from(["cut", "bytes", "bomb", "missing", "surplus", "shape", "type", "kind", "model", "classes"])
         )
