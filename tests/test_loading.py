@@ -2,10 +2,12 @@ from __future__ import annotations
 
 import itertools
 import random
+import signal
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from torch import Tensor
@@ -171,3 +173,21 @@ class TestFirstBatches:
             found = loaded(first_batches(used, number, epoch=9))
         assert same(found, expected)
         assert not same(loaded(itertools.islice(used, 3)), loaded(first_batches(used, 3, epoch=8)))
+
+
+class TestSignals:
+    def test_ctrl_c_is_left_to_the_main_process(self, images: LabelledImages) -> None:
+        batches = iter(Batches(images, [[i] for i in range(40)], workers=1))
+        next(batches)
+        (worker,) = psutil.Process().children()
+        worker.send_signal(signal.SIGINT)
+        assert len(list(batches)) == 39
+        assert worker.is_running()
+
+    def test_a_worker_can_be_ended(self, images: LabelledImages) -> None:
+        batches = iter(Batches(images, [[i] for i in range(40)], workers=1))
+        next(batches)
+        (worker,) = psutil.Process().children()
+        worker.terminate()
+        with pytest.raises(RuntimeError, match="exited unexpectedly|is killed by signal"):
+            list(batches)
