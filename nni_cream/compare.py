@@ -38,7 +38,7 @@ MOBILE: Final = (
     "mobilenetv3_large_100",
 )
 
-_PATIENCE: Final = 1000
+PATIENCE: Final = 1000
 
 
 @dataclass(frozen=True)
@@ -76,17 +76,41 @@ class Row:
 
 
 def random_paths(search: CreamRecipe, num_classes: int, number: int, found: CreamPath, seed: int) -> list[CreamPath]:
-    """Draw different paths inside the FLOPs interval of a search, from its space, each as likely as any other.
+    """Draw different paths inside the FLOPs interval of a search, as :func:`random_samples` does.
 
     Args:
         search: the recipe of the search.
         num_classes: number of classes of its data.
         number: how many.
         found: a path that must not be among them.
-        seed: of the draws; a larger number begins with the paths of a smaller one.
+        seed: of the draws.
 
     Raises:
         UserError: if there are hardly so many.
+    """
+    drawn = random_samples(search, num_classes, number, seed, found)
+    if len(drawn) < number:
+        raise UserError(
+            f"--random is {number}, but among {PATIENCE} draws there are {len(drawn)} different paths besides the one "
+            "that was found: ask for fewer."
+        )
+    return list(drawn)
+
+
+def random_samples(
+    search: CreamRecipe, num_classes: int, number: int, seed: int, found: CreamPath | None = None
+) -> dict[CreamPath, dict[str, Any]]:
+    """Draw different paths inside the FLOPs interval of a search, from its space, each as likely as any other.
+
+    Args:
+        search: the recipe of the search.
+        num_classes: number of classes of its data.
+        number: how many.
+        seed: of the draws; a larger number begins with the paths of a smaller one.
+        found: a path that must not be among them.
+
+    Returns:
+        Of each path its NNI sample; fewer than ``number`` if :data:`PATIENCE` draws do not give so many.
     """
     from search_spaces.cream import CreamSpace, plan_space
 
@@ -98,18 +122,15 @@ def random_paths(search: CreamRecipe, num_classes: int, number: int, found: Crea
     sampler = PathSampler(costs, table.fixed.macs, search.flops.min * 1e6, search.flops.max * 1e6)
     prior = [[1 / len(options)] * len(options) for options in costs]
     generator = np.random.default_rng(seed)
-    drawn: list[CreamPath] = []
-    for _ in range(_PATIENCE):
+    drawn: dict[CreamPath, dict[str, Any]] = {}
+    for _ in range(PATIENCE):
         if len(drawn) == number:
             break
-        path = space.architecture(dict(zip(table.choices, sampler.draw(prior, generator), strict=True)))
-        if path not in (found, *drawn):
-            drawn.append(path)
-    if len(drawn) < number:
-        raise UserError(
-            f"--random is {number}, but among {_PATIENCE} draws there are {len(drawn)} different paths besides the one "
-            "that was found: ask for fewer."
-        )
+        # With skips several samples are one path; the first one stands for it.
+        sample = dict(zip(table.choices, sampler.draw(prior, generator), strict=True))
+        path = space.architecture(sample)
+        if path != found:
+            drawn.setdefault(path, sample)
     return drawn
 
 

@@ -63,7 +63,7 @@ class TestRandomPaths:
         assert random_paths(SEARCH, 10, 3, paths[1], seed=1) != again
 
     def test_that_are_not_so_many(self, paths: list[CreamPath], monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(module_under_test, "_PATIENCE", 5)
+        monkeypatch.setattr(module_under_test, "PATIENCE", 5)
         with pytest.raises(UserError, match="--random is 8, but among 5 draws there are 5 different paths besides"):
             random_paths(SEARCH, 10, 8, paths[0], seed=9)
 

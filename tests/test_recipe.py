@@ -35,6 +35,7 @@ SHIPPED = sorted((ROOT / "experiments" / "recipes").glob("*.yml"))
 KINDS: dict[str, type[Settings]] = {
     "search": CreamRecipe,
     "cream": CreamRecipe,
+    "uniform": CreamRecipe,
     "darts": DartsRecipe,
     "retrain": RetrainRecipe,
     "test": EvaluationRecipe,
@@ -94,6 +95,15 @@ class TestShippedRecipes:
 
 def shipped(name: str, kind: type[AnyRecipe]) -> AnyRecipe:
     return load_recipe(kind, ROOT / "experiments" / "recipes" / f"{name}.yml", {})
+
+
+def test_the_uniform_search_is_the_other_one_without_teachers() -> None:
+    cream, uniform = (shipped(name, CreamRecipe) for name in ("cream_mnist5k", "uniform_mnist5k"))
+    assert (cream.cream.teacher, uniform.cream.teacher, uniform.cream.prior) == ("matching", "none", "even")
+    # What is left over is about teachers alone.
+    taught = {"teacher": cream.cream.teacher, "meta_interval": 50, "matching_lr": 0.01}
+    assert uniform.cream.model_copy(update=taught) == cream.cream
+    assert uniform.model_copy(update={"name": cream.name, "cream": cream.cream}) == cream
 
 
 RETRAININGS = [file for file in SHIPPED if file.name.startswith("retrain_")]

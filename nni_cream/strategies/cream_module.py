@@ -33,7 +33,7 @@ from nni_cream.launching import refuse_other_strategies
 from nni_cream.loading import first_batches
 from nni_cream.matching import MatchingLayer, matching_gradient
 from nni_cream.sampling import Path, PathSampler, Prior
-from nni_cream.supernet.batch_norm import batch_statistics, recalibrated
+from nni_cream.supernet.batch_norm import batch_statistics, count_right, recalibrated
 from nni_cream.supernet.paths import PathSpace, activate
 from nni_cream.supernet.synchronised import alone
 from nni_cream.training import loss_scale
@@ -454,13 +454,8 @@ class CreamLightningModule(BaseOneShotLightningModule):
         ranked = []
         for entry in self.board.entries:
             self._activate(entry.path)
-            correct = seen = 0
-            with recalibrated(self.model, self._calibration_images()), torch.no_grad():
-                for batch in self._ranking_batches:
-                    images, targets = self._moved(batch)
-                    correct += int((self.training_module(images).argmax(-1) == targets).sum())
-                    seen += len(images)
-            correct, seen = total(correct, seen)
+            held_out = map(self._moved, self._ranking_batches)
+            correct, seen = total(*count_right(self.model, self.training_module, self._calibration_images(), held_out))
             ranked.append(RankedPath(self.paths.to_sample(entry.path), correct / seen, self.cost(entry.path)))
         self.ranking = sorted(ranked, key=lambda path: (-path.accuracy, path.cost.macs, str(path.sample)))
 

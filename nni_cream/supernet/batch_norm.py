@@ -6,7 +6,7 @@ statistics of the batch itself, or with running statistics that were recomputed 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Final
@@ -109,3 +109,28 @@ def recalibrated(network: nn.Module, batches: Iterable[Tensor]) -> Iterator[None
             buffer.copy_(value)
         for module, training in modes:
             module.training = training
+
+
+def count_right(
+    network: nn.Module,
+    classify: Callable[[Tensor], Tensor],
+    calibration: Iterable[Tensor],
+    held_out: Iterable[tuple[Tensor, Tensor]],
+) -> tuple[int, int]:
+    """Judge a path by running statistics of its own, as in :func:`recalibrated`.
+
+    Args:
+        network: with the batch norms; as before in the end.
+        classify: from images [N, 3, R, R] to logits [N, classes], through ``network``.
+        calibration: batches of images that the statistics are recomputed over.
+        held_out: batches of images and labels.
+
+    Returns:
+        The number of right answers, and of images, in this process.
+    """
+    right = seen = 0
+    with recalibrated(network, calibration), torch.no_grad():
+        for images, targets in held_out:
+            right += int((classify(images).argmax(-1) == targets).sum())
+            seen += len(images)
+    return right, seen

@@ -30,7 +30,10 @@ RECIPES: dict[str, Any] = {
     "search_cream.py": CreamRecipe,
     "search_darts.py": DartsRecipe,
     "retrain_child.py": RetrainRecipe,
+    "rank_correlation.py": RetrainRecipe,
 }
+# What a trial takes besides settings of its recipe.
+MORE = {"rank_correlation.py": {"path"}}
 CLASSES = {"cifar10": 10, "imagenet": 1000}
 
 
@@ -87,7 +90,8 @@ class TestExperiment:
     def test_searches_settings_of_its_recipe_and_steers_by_the_accuracy(self, file: Path) -> None:
         config = ExperimentConfig.load(file)
         _, script, *_ = shlex.split(config.trial_command)
-        assert set(config.search_space) <= set(dotted_keys(RECIPES[Path(script).name]))
+        name = Path(script).name
+        assert set(config.search_space) <= {*dotted_keys(RECIPES[name]), *MORE.get(name, ())}
         for algorithm in (config.tuner, config.assessor):
             if algorithm is not None and algorithm.name in ("TPE", "Medianstop"):
                 assert algorithm.class_args["optimize_mode"] == "maximize"
@@ -119,23 +123,27 @@ class TestExperiment:
         monkeypatch.setattr("pytorch_lightning.Trainer.fit", stop)
         # As in the folder of the code, but with a search of the test's own.
         (tmp_path / "experiments").symlink_to(REPOSITORY / "experiments")
-        search_result(tmp_path / "runs/search/child.json")
+        search_result(tmp_path / "runs/cream_mnist5k")
         monkeypatch.chdir(tmp_path)
         _, script, *arguments = shlex.split(config.trial_command)
         monkeypatch.setattr(sys, "argv", [script, *arguments])
         monkeypatch.setattr(sys, "path", [*sys.path])
         with pytest.raises(Built):
             runpy.run_path(str(REPOSITORY / script), run_name="__main__")
-        recipe = yaml.safe_load((tmp_path / "trial/recipe.yml").read_text())
-        for key, value in parameters.items():
-            assert functools.reduce(dict.__getitem__, key.split("."), recipe) == value
+        # Where a trial does not leave its run in its own folder, another command looks for it elsewhere.
+        (run,) = {*tmp_path.glob("**/recipe.yml")} - {tmp_path / "runs/cream_mnist5k/recipe.yml"}
+        assert run.is_relative_to(tmp_path / ("runs/rank_correlation" if "path" in parameters else "trial"))
+        recipe = yaml.safe_load(run.read_text())
+        for key in parameters.keys() - MORE.get(Path(script).name, set()):
+            assert functools.reduce(dict.__getitem__, key.split("."), recipe) == parameters[key]
 
 
-def search_result(file: Path) -> None:
-    """Write what a Cream search finds: a path and two runners-up."""
+def search_result(folder: Path) -> None:
+    """Write what a Cream search leaves: its recipe, and a path and two runners-up."""
     paths = [[[0], [choice], [3], [4, 0, 3], [2], [3], [0]] for choice in (0, 1, 2)]
     others = [{"path": path, "accuracy": 0.5, "flops": 1, "params": 1} for path in paths[1:]]
     content = {"format": "nni_cream.child/1", "path": paths[0], "num_classes": 10, "accuracy": 0.9, "flops": 1}
     content |= {"params": 1, "data": {"name": "mnist5k", "resolution": 32}, "search": {}, "runners_up": others}
-    file.parent.mkdir(parents=True)
-    file.write_text(json.dumps(content))
+    folder.mkdir(parents=True)
+    (folder / "child.json").write_text(json.dumps(content))
+    (folder / "recipe.yml").write_text((REPOSITORY / "experiments/recipes/cream_mnist5k.yml").read_text())

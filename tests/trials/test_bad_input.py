@@ -422,6 +422,25 @@ LINES = {
         *(["--seeds", *seeds] for seeds in ((), ("x",), ("1", "1"))),
         ["--networks", "resnet18", "resnet18"],
     ],
+    "rank_correlation": [
+        [],
+        ["--search"],
+        *(["--search", value] for value in ("file", "nowhere", "other", ".")),
+        ["--search", "other", "./other"],
+        *(
+            ["--search", "other", option, value]
+            for option, values in (
+                ("--paths", ("2", "0", "x", "5000")),
+                ("--seed", ("-1", "x", "5000000000")),
+                ("--workers", ("0", "-1", "1.5")),
+                ("--set", ("path=3", "rank", "device.devices=2", "inherit_weights=true", "epochs=0")),
+                ("--name", ("a/b", "")),
+            )
+            for value in values
+        ),
+        *(["--search", "other", "--seeds", *seeds] for seeds in ((), ("x",), ("1", "1"), ("-1",))),
+        ["--search", "other", "--seeds", "1", "2", "--set", "seed=3"],
+    ],
     "make_subimagenet": [
         *([*line] for line in ([], ["a"], ["nowhere", "new"], ["file", "new"], [".", "new"], ["~nobody", "new"])),
         *(
