@@ -189,5 +189,5 @@ class TestSignals:
         next(batches)
         (worker,) = psutil.Process().children()
         worker.terminate()
-        with pytest.raises(RuntimeError, match="exited unexpectedly|is killed by signal"):
+        with pytest.raises(RuntimeError, match=r"exited unexpectedly|is killed by signal"):
             list(batches)
