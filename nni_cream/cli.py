@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 
 from nni_cream import interruption
 from nni_cream.errors import TrainingError, UserError
+from nni_cream.imports import import_file
 from nni_cream.ranks import is_first
 from nni_cream.recipe import Recipe, parse_override, to_yaml
 from nni_cream.runs import RunDirectory
@@ -38,6 +39,19 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"On the command line: {message} (--help lists the options).")
 
 
+def add_import(parser: argparse.ArgumentParser) -> None:
+    """Give ``parser`` the option of the commands that build networks; the file is imported as soon as it is met."""
+    parser.add_argument(
+        "--import",
+        dest="imported",
+        type=import_file,
+        metavar="FILE",
+        action="append",
+        default=[],
+        help="run this Python file first, such as one that registers operations of yours; may be repeated",
+    )
+
+
 def make_settings_parser(description: str | None, recipe: Path | None) -> argparse.ArgumentParser:
     """Return a parser with the options that every command has; without a ``recipe`` the command chooses one itself."""
     parser = Parser(description=(description or "").partition("\n")[0])
@@ -52,6 +66,7 @@ def make_settings_parser(description: str | None, recipe: Path | None) -> argpar
         default=[],
         help="change one setting, such as data.batch_size=32; may be repeated",
     )
+    add_import(parser)
     return parser
 
 

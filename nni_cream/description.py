@@ -7,7 +7,16 @@ from dataclasses import dataclass
 from typing import Final
 
 from nni_cream.architecture import CreamPath
-from nni_cream.models.cream import FIRST_STAGE, LAST_STAGE, OPERATIONS, STAGES, Choice, DilConvChoice, block_strings
+from nni_cream.models.cream import (
+    FIRST_STAGE,
+    LAST_STAGE,
+    STAGES,
+    Choice,
+    DilConvChoice,
+    OwnChoice,
+    block_strings,
+    known_operations,
+)
 
 
 @dataclass(frozen=True)
@@ -35,6 +44,9 @@ class DescribedStage:
     blocks: tuple[Block, ...]
 
 
+# So many fit into the box of a picture.
+_LETTERS: Final = 14
+
 _FIRST: Final = Block(None, "separable 3×3", "depthwise-separable convolution 3×3")
 _LAST: Final = Block(None, "conv 1×1", "convolution 1×1")
 
@@ -58,7 +70,7 @@ def describe_path(path: CreamPath, resolution: int) -> list[DescribedStage]:
 
 def describe_operation(index: int) -> Block:
     """Return the operation with this number, as in a path, in words."""
-    operation = OPERATIONS[index]
+    operation = known_operations()[index]
     if isinstance(operation, Choice):
         kernel = f"{operation.kernel}×{operation.kernel}"
         return Block(
@@ -69,6 +81,9 @@ def describe_operation(index: int) -> Block:
     if isinstance(operation, DilConvChoice):
         kernel = f"{operation.kernel}×{operation.kernel}"
         return Block(index, f"{kernel} dilated", f"dilated separable convolution {kernel}")
+    if isinstance(operation, OwnChoice):
+        name = operation.name
+        return Block(index, name if len(name) <= _LETTERS else f"{name[: _LETTERS - 1]}…", name)
     return Block(index, operation.kind, f"residual unit ({operation.kind})")
 
 

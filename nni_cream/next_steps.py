@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
+from nni_cream.imports import import_options
 from nni_cream.recipe import CreamRecipe, Recipe, RetrainRecipe, read_yaml
 from nni_cream.runs import RunDirectory
 
@@ -39,7 +40,7 @@ def after_search(recipe: Recipe, directory: RunDirectory, runners_up: int = 0) -
         runners_up: how many paths it has found besides the best.
     """
     child = str(directory.child.resolve())
-    retrain = ("python", "trials/retrain_child.py", "--child", child)
+    retrain = (*_trial("retrain_child.py"), "--child", child)
     # After the folder, as by itself: two searches by one recipe are not the same. But a folder may have any name.
     name = "retrain-" + re.sub(r"[^A-Za-z0-9._-]", "-", directory.path.resolve().name)[:_NAME_CHARACTERS]
     what = "Train the network from scratch, and test it on images that the search has not seen"
@@ -56,11 +57,11 @@ def after_search(recipe: Recipe, directory: RunDirectory, runners_up: int = 0) -
         *commands,
         Command(
             "Test the network as it is, with the weights of the supernet",
-            ("python", "trials/test_child.py", "--checkpoint", child),
+            (*_trial("test_child.py"), "--checkpoint", child),
         ),
         Command(
             "Search again with another seed, which shows how much of the result is chance",
-            ("python", f"trials/{trial}", *_recipe_of(directory), *_another_seed(recipe)),
+            (*_trial(trial), *_recipe_of(directory), *_another_seed(recipe)),
         ),
         _tensorboard(directory),
     ]
@@ -78,10 +79,10 @@ def after_training(
         data: the data settings as used (``name``, ``folder``, ``resolution``), some of which may be of a search.
     """
     model = str((directory.path / "model.safetensors").resolve())
-    commands = [Command("Test the trained network again", ("python", "trials/test_child.py", "--checkpoint", model))]
+    commands = [Command("Test the trained network again", (*_trial("test_child.py"), "--checkpoint", model))]
     # Both are about the file of a search, and this command is without one.
     if recipe.rank == 1 and not recipe.inherit_weights:
-        words = ["python", "trials/retrain_child.py", *_recipe_of(directory), "--architecture", network]
+        words = [*_trial("retrain_child.py"), *_recipe_of(directory), "--architecture", network]
         for key in ("name", "folder", "resolution"):
             if data[key] is not None:
                 words += ["--set", f"data.{key}={_as_yaml(data[key])}"]
@@ -92,6 +93,10 @@ def after_training(
             )
         )
     return [*commands, _tensorboard(directory)]
+
+
+def _trial(name: str) -> tuple[str, ...]:
+    return "python", f"trials/{name}", *import_options()
 
 
 def _recipe_of(directory: RunDirectory) -> tuple[str, str]:

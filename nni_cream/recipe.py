@@ -296,10 +296,14 @@ class Flops(Settings):
 
 
 class Space(Settings):
-    """Arguments of :class:`search_spaces.cream.CreamSpace` that do not follow from budget and data."""
+    """Arguments of :class:`search_spaces.cream.CreamSpace` that do not follow from budget and data.
+
+    ``operations`` are names of your own ones, which a file that ``--import`` names registers.
+    """
 
     dil_conv: bool = False
     resunit: tuple[Literal["bottleneck", "basic"], ...] = ()
+    operations: tuple[str, ...] = ()
     skip: bool = False
     aligned: bool = False
 

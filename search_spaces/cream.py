@@ -24,13 +24,14 @@ from nni_cream.errors import UserError
 from nni_cream.models.cream import (
     CHOICES,
     DIL_CONVS,
-    OPERATIONS,
     RESIDUAL_UNITS,
     STAGES,
     STEM_CHANNELS,
     Choice,
     ResidualUnitKind,
     build_child,
+    known_operations,
+    own_operations,
 )
 
 PAPER_RESOLUTION: Final = 224
@@ -163,6 +164,8 @@ class CreamSpace(nas.ModelSpace):
         num_classes: number of classes.
         dil_conv: offer the two dilated convolutions of :data:`nni_cream.models.cream.DIL_CONVS` as well.
         resunit: kinds of residual units to offer as well, of :data:`nni_cream.models.cream.RESIDUAL_UNITS`.
+        operations: names of operations of your own to offer as well, after the others, in this order; see
+            :func:`nni_cream.models.cream.register_block_operation`.
         skip: offer, as the last candidate of every block but the first of a stage, to leave the block out, so that the
             depth is searched too.
         aligned: let the inverted residuals of a block start as (nearly) the same function, see :func:`align`. Without
@@ -175,7 +178,7 @@ class CreamSpace(nas.ModelSpace):
     ``space.freeze(sample)`` has the state-dict keys of ``build_child(space.architecture(sample))``.
 
     Raises:
-        UserError: if the depths are not five numbers of at least 1.
+        UserError: if the depths are not five numbers of at least 1, or there is no operation of such a name.
     """
 
     def __init__(
@@ -185,6 +188,7 @@ class CreamSpace(nas.ModelSpace):
         *,
         dil_conv: bool = False,
         resunit: Sequence[ResidualUnitKind] = (),
+        operations: Sequence[str] = (),
         skip: bool = False,
         aligned: bool = False,
     ) -> None:
@@ -198,7 +202,10 @@ class CreamSpace(nas.ModelSpace):
             *CHOICES,
             *(DIL_CONVS if dil_conv else ()),
             *(unit for unit in RESIDUAL_UNITS if unit.kind in resunit),
+            *own_operations(operations),
         )
+        number_of = {operation: number for number, operation in known_operations().items()}
+        self._numbers = [number_of[operation] for operation in self.offered]
         # Stem, first and last stage, and head come from a child network; what lies between is replaced.
         template: Any = build_child(CreamPath(((0,),) * (len(STAGES) + 2)), num_classes=num_classes)
         self.conv_stem = template.conv_stem
@@ -275,7 +282,7 @@ class CreamSpace(nas.ModelSpace):
 
     def architecture(self, sample: dict[str, Any]) -> CreamPath:
         """Return the architecture that ``sample`` stands for: operations by their numbers, skipped blocks left out."""
-        numbers = [OPERATIONS.index(operation) for operation in self.offered]
         first, *stages, last = CreamPath.from_sample(sample).stages
+        numbers = self._numbers
         chosen = (tuple(numbers[i] for i in stage if i < len(numbers)) for stage in stages)
         return CreamPath((first, *chosen, last))

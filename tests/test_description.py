@@ -2,10 +2,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
 from nni_cream.architecture import CreamPath
 from nni_cream.description import Block, describe_operation, describe_path
 from nni_cream.errors import UserError
+from nni_cream.models import cream
 from nni_cream.models.cream import OPERATIONS, build_child
 
 PATH = CreamPath.parse("[0] [0] [3, 6] [4, 0, 8] [2, 9] [3] [0]")
@@ -41,3 +43,11 @@ def test_operations_in_words() -> None:
 def test_a_path_that_does_not_fit_is_refused(text: str) -> None:
     with pytest.raises(UserError):
         describe_path(CreamPath.parse(text), 32)
+
+
+def test_operations_of_ones_own_by_their_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cream, "_OWN", {})
+    for name, number in (("fused_3x3", 100), ("a_name_that_is_long", 101)):
+        cream.register_block_operation(name, number=number)(lambda i, o, s: nn.Conv2d(i, o, 3, s, padding=1))
+    assert describe_operation(100) == Block(100, "fused_3x3", "fused_3x3")
+    assert describe_operation(101) == Block(101, "a_name_that_i…", "a_name_that_is_long")

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from nni_cream import imports
 from nni_cream.architecture import CreamPath
 from nni_cream.child import Child, build_network, save_network
 from nni_cream.genotype import Genotype
@@ -126,3 +127,15 @@ def test_a_training_that_needs_the_search_is_not_repeated_without_it(tmp_path: P
     recipe = TRAINING.model_copy(update=changes)
     commands = after_training(recipe, directory_of(tmp_path, recipe), str(PATH), DATA)
     assert [command.words[1] for command in commands] == ["trials/test_child.py", "--logdir"]
+
+
+def test_files_that_were_imported_are_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(imports, "_IMPORTED", [tmp_path / "of mine.py"])
+    commands = after_search(CREAM, directory_of(tmp_path, CREAM), runners_up=1)
+    commands += after_training(TRAINING, RunDirectory(tmp_path), str(PATH), DATA)
+    trials = [command.words for command in commands if command.words[0] == "python"]
+    assert [words[1] for words in trials] == [
+        f"trials/{name}.py"
+        for name in ("retrain_child", "retrain_child", "test_child", "search_cream", "test_child", "retrain_child")
+    ]
+    assert all(words[2:4] == ("--import", str(tmp_path / "of mine.py")) for words in trials)

@@ -15,7 +15,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from nni_cream.cli import Parser, run
+from nni_cream.cli import Parser, add_import, run
 from nni_cream.errors import UserError
 from nni_cream.runs import newest_training
 
@@ -42,6 +42,7 @@ def main() -> None:
     )
     parser.add_argument("--resolution", type=int, help="size of the images in pixels (default: as it was trained)")
     parser.add_argument("--opset", type=int, help="version of ONNX's operators (default: PyTorch's choice)")
+    add_import(parser)
     arguments = parser.parse_args()
     file = arguments.checkpoint or newest_training()
     if file is None:

@@ -6,10 +6,12 @@ NeurIPS 2020, and the block table of its published code.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final, Literal
 
+import torch
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models._efficientnet_blocks import InvertedResidual, SqueezeExcite
 from timm.models._efficientnet_builder import decode_arch_def, efficientnet_init_weights, round_channels
@@ -19,9 +21,11 @@ from torch import nn
 
 from nni_cream.architecture import CreamPath
 from nni_cream.errors import UserError
-from nni_cream.models.operations import DilConv
+from nni_cream.models.operations import DilConv, defined_again
 
 ResidualUnitKind = Literal["bottleneck", "basic"]
+# What builds an operation, of (in_channels, out_channels, stride).
+Builder = Callable[[int, int, int], Any]
 
 _SQUEEZE_EXCITE = partial(SqueezeExcite, gate_layer="hard_sigmoid", force_act_layer=nn.ReLU, rd_round_fn=round_channels)
 
@@ -77,6 +81,19 @@ class ResidualUnitChoice:
 
 
 @dataclass(frozen=True)
+class OwnChoice:
+    """An operation that somebody has added with :func:`register_block_operation`."""
+
+    name: str
+    builder: Builder
+
+    def build(self, in_channels: int, out_channels: int, stride: int) -> nn.Module:
+        """Build it: [N, in, H, W] to [N, out, H / stride, W / stride]."""
+        operation: nn.Module = self.builder(in_channels, out_channels, stride)
+        return operation
+
+
+@dataclass(frozen=True)
 class Stage:
     """One stage of choice blocks. Only its first block has the stride.
 
@@ -93,7 +110,7 @@ CHOICES: Final = (Choice(3, 4), Choice(3, 6), Choice(5, 4), Choice(5, 6), Choice
 DIL_CONVS: Final = (DilConvChoice(3), DilConvChoice(5))
 RESIDUAL_UNITS: Final = (ResidualUnitChoice("bottleneck"), ResidualUnitChoice("basic"))
 
-# A path names operations by their position here, whether or not the supernet it was found in offered all of them.
+# A path names these by their position here, whether or not the supernet it was found in offered all of them.
 OPERATIONS: Final = (*CHOICES, *DIL_CONVS, *RESIDUAL_UNITS)
 
 STAGES: Final = (
@@ -108,6 +125,96 @@ STEM_CHANNELS: Final = 16
 FIRST_STAGE: Final = "ds_r1_k3_s1_e1_c16_se0.25"
 LAST_STAGE: Final = "cn_r1_k1_s1_c320_se0.25"
 HEAD_FEATURES: Final = 1280
+
+
+Operation = Choice | DilConvChoice | ResidualUnitChoice | OwnChoice
+
+# Lower numbers are for operations that may come with the package one day.
+FIRST_OWN_NUMBER: Final = 100
+_OWN: Final[dict[int, OwnChoice]] = {}
+
+
+def known_operations() -> dict[int, Operation]:
+    """Return all operations by the number that a path names them by: the package's, and those registered."""
+    return {**dict(enumerate(OPERATIONS)), **_OWN}
+
+
+def own_operations(names: Sequence[str]) -> tuple[OwnChoice, ...]:
+    """Return registered operations by their names.
+
+    Raises:
+        UserError: if there is none of a name, or one is named twice.
+    """
+    known = {choice.name: choice for choice in _OWN.values()}
+    for name in names:
+        if name not in known:
+            raise UserError(
+                f"There is no block operation {name!r}; of your own there are {', '.join(known) or 'none'}, and those "
+                "registered by a file that --import names."
+            )
+        if names.count(name) > 1:
+            raise UserError(f"The operation {name!r} is to be offered twice; name it once.")
+    return tuple(known[name] for name in names)
+
+
+def register_block_operation(name: str, *, number: int) -> Callable[[Builder], Builder]:
+    """Let paths and spaces name an operation of your own: a decorator for the function that builds it.
+
+    The function takes (in_channels, out_channels, stride) and returns a module that maps [N, in, H, W] to [N, out,
+    H / stride, W / stride], for every place of :data:`STAGES`. Its weights are initialised as those of timm's
+    EfficientNets. It is no ``nn.Identity``, which stands for a block that is left out.
+
+    Args:
+        name: what the setting ``space.operations`` and pictures call it. A function that is defined once more, as in a
+            notebook, takes its own place.
+        number: what paths call it, from 100 upwards. Files keep it, so it has to stay.
+
+    Raises:
+        UserError: if name or number are taken or none, or, when the function is decorated, if what it builds is not as
+            described.
+    """
+    if not name.isidentifier():
+        raise UserError(f"An operation cannot be called {name!r}; a name such as fused_3x3 is expected.")
+    if type(number) is not int or number < FIRST_OWN_NUMBER:
+        raise UserError(
+            f"The number of the operation {name!r} is {number}; numbers of your own begin at {FIRST_OWN_NUMBER}."
+        )
+
+    def register(builder: Builder) -> Builder:
+        for taken, choice in _OWN.items():
+            same = (taken == number, choice.name == name)
+            if any(same) and not (all(same) and defined_again(choice.builder, builder)):
+                raise UserError(
+                    f"There is an operation {choice.name!r} of number {taken} already; give yours another name and "
+                    "another number."
+                )
+        choice = OwnChoice(name, builder)
+        _check(choice)
+        _OWN[number] = choice
+        return builder
+
+    return register
+
+
+def _check(choice: OwnChoice) -> None:
+    in_channels = STEM_CHANNELS
+    for stage in STAGES:
+        for source, stride in ((in_channels, stage.stride), (stage.channels, 1)):
+            with torch.device("meta"):
+                block = choice.build(source, stage.channels, stride)
+                features = torch.empty(2, source, 8, 8)
+            if isinstance(block, nn.Identity):
+                raise UserError(
+                    f"The operation {choice.name!r} is an nn.Identity, which stands for a block that is left out: "
+                    "offer that with skip."
+                )
+            made, expected = tuple(block(features).shape), (2, stage.channels, 8 // stride, 8 // stride)
+            if made != expected:
+                raise UserError(
+                    f"The operation {choice.name!r} makes {list(made)} of {list(features.shape)} at stride {stride}, "
+                    f"but {list(expected)} is needed."
+                )
+        in_channels = stage.channels
 
 
 @dataclass(frozen=True)
@@ -150,16 +257,18 @@ def block_strings(path: CreamPath, *, published: bool = False) -> list[list[str]
         raise UserError(f"The Cream path {path} has {len(path.stages)} stages, but the stage table has 7.")
     if path.stages[0] != (0,) or path.stages[-1] != (0,):
         raise UserError(f"The Cream path {path} must begin and end with [0]: these stages have a single choice.")
+    known = known_operations()
     rows = [[FIRST_STAGE]]
     for number, (stage, chosen) in enumerate(zip(STAGES, path.stages[1:-1], strict=True), start=1):
         row = []
         for block, index in enumerate(chosen):
-            if index >= len(OPERATIONS):
+            if index not in known:
+                own = "; those of your own are known once a file that --import names has registered them"
                 raise UserError(
                     f"Stage {number} of the Cream path names choice {index}, "
-                    f"but choices go from 0 to {len(OPERATIONS) - 1}."
+                    f"but choices go from 0 to {len(OPERATIONS) - 1}{own if index >= FIRST_OWN_NUMBER else ''}."
                 )
-            choice = OPERATIONS[index]
+            choice = known[index]
             if not isinstance(choice, Choice) or (published and len(chosen) == 1):
                 choice = Choice(stage.kernel, stage.expansion)
             stride = stage.stride if block == 0 else 1
@@ -201,12 +310,12 @@ def build_child(path: CreamPath, *, num_classes: int, **arguments: Any) -> Mobil
         for position, index in enumerate(chosen):
             if index >= len(CHOICES):
                 placeholder = stage[position]
-                block: Any = OPERATIONS[index].build(
+                block: Any = known_operations()[index].build(
                     placeholder.conv_pw.in_channels, placeholder.conv_pwl.out_channels, placeholder.conv_dw.stride[0]
                 )
                 efficientnet_init_weights(block)
                 block.to(placeholder.conv_pw.weight)
-                if isinstance(block, Bottleneck | BasicBlock):
+                if hasattr(block, "drop_path"):
                     block.drop_path = placeholder.drop_path
                 stage[position] = block
     return network

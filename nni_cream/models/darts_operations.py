@@ -6,6 +6,7 @@ Convolutions have no bias. Every operation maps [N, C, H, W] to [N, C, H / strid
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -13,8 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from nni_cream.errors import UserError
-from nni_cream.models.operations import DilConv
+from nni_cream.models.operations import DilConv, defined_again
 from nni_cream.supernet.depthwise import with_explicit_derivatives
+
+# What builds an operation, of (channels, stride, affine).
+Builder = Callable[[int, int, bool], Any]
+
+_CHECKED_CHANNELS: Final = 16
 
 
 class ReLUConvBN(nn.Module):
@@ -119,7 +125,7 @@ class Zero(nn.Module):
         return features[:, :, :: self.stride, :: self.stride] * 0.0
 
 
-def _pool(kind: str) -> Callable[[int, int, bool], nn.Module]:
+def _pool(kind: str) -> Builder:
     def build(_channels: int, stride: int, _affine: bool) -> nn.Module:
         if kind == "max":
             return nn.MaxPool2d(3, stride, padding=1)
@@ -128,11 +134,11 @@ def _pool(kind: str) -> Callable[[int, int, bool], nn.Module]:
     return build
 
 
-def _sep_conv(kernel: int) -> Callable[[int, int, bool], nn.Module]:
+def _sep_conv(kernel: int) -> Builder:
     return lambda channels, stride, affine: SepConv(channels, kernel, stride, affine=affine)
 
 
-def _dil_conv(kernel: int) -> Callable[[int, int, bool], nn.Module]:
+def _dil_conv(kernel: int) -> Builder:
     return lambda channels, stride, affine: DilConv(channels, channels, kernel, stride, affine=affine)
 
 
@@ -140,7 +146,7 @@ def _skip(channels: int, stride: int, affine: bool) -> nn.Module:
     return nn.Identity() if stride == 1 else FactorizedReduce(channels, channels, affine=affine)
 
 
-_BUILDERS: Final[dict[str, Callable[[int, int, bool], Any]]] = {
+_BUILDERS: Final[dict[str, Builder]] = {
     "none": lambda _channels, stride, _affine: Zero(stride),
     "max_pool_3x3": _pool("max"),
     "avg_pool_3x3": _pool("avg"),
@@ -153,16 +159,63 @@ _BUILDERS: Final[dict[str, Callable[[int, int, bool], Any]]] = {
     "conv_7x1_1x7": lambda channels, stride, affine: FactorizedConv7(channels, stride, affine=affine),
 }
 
-# Every operation that a genotype can name, and those that the paper searches among, in the order of the columns of α.
+# What comes with the package, and what the paper searches among, in the order of the columns of α.
 OPERATIONS: Final = tuple(_BUILDERS)
 PAPER_OPERATIONS: Final = tuple(name for name in OPERATIONS if name not in ("sep_conv_7x7", "conv_7x1_1x7"))
+
+
+def register_edge_operation(name: str) -> Callable[[Builder], Builder]:
+    """Let genotypes and spaces name an operation of your own: a decorator for the function that builds it.
+
+    The function takes (channels, stride, affine) and returns a module that maps [N, C, H, W] to [N, C, H / stride,
+    W / stride] and leaves its input as it is, because other edges read it too. Without ``affine``, as in a search, its
+    batch norms must not scale or shift. Exact second-order gradients differentiate it twice.
+
+    Args:
+        name: what genotypes and the setting ``space.operations`` call it. A function that is defined once more, as in
+            a notebook, takes its own place.
+
+    Raises:
+        UserError: if the name is taken or no identifier, or, when the function is decorated, if what it builds is not
+            as described.
+    """
+    if not name.isidentifier():
+        raise UserError(f"An operation cannot be called {name!r}; a name such as conv_3x3 is expected.")
+
+    def register(builder: Builder) -> Builder:
+        if name in _BUILDERS and not defined_again(_BUILDERS[name], builder):
+            raise UserError(f"There is an operation {name!r} already; give yours another name.")
+        _check(name, builder)
+        _BUILDERS[name] = builder
+        return builder
+
+    return register
+
+
+def _check(name: str, builder: Builder) -> None:
+    for stride, affine in itertools.product((1, 2), (False, True)):
+        with torch.device("meta"):
+            operation = builder(_CHECKED_CHANNELS, stride, affine)
+            features = torch.empty(2, _CHECKED_CHANNELS, 8, 8)
+        norms = [module for module in operation.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+        if not affine and any(norm.affine for norm in norms):
+            raise UserError(f"A batch norm of the operation {name!r} scales and shifts although affine is False.")
+        version = features._version
+        made, expected = tuple(operation(features).shape), (2, _CHECKED_CHANNELS, 8 // stride, 8 // stride)
+        if made != expected:
+            raise UserError(
+                f"The operation {name!r} makes {list(made)} of {list(features.shape)} at stride {stride}, but an edge "
+                f"needs {list(expected)}."
+            )
+        if features._version != version:
+            raise UserError(f"The operation {name!r} changes its input in place, which other edges read as well.")
 
 
 def build_operation(name: str, channels: int, stride: int, *, affine: bool) -> nn.Module:
     """Build an operation of a trained network.
 
     Args:
-        name: one of :data:`OPERATIONS`.
+        name: one of :data:`OPERATIONS`, or one of your own (:func:`register_edge_operation`).
         channels: number of channels, C.
         stride: 1 or 2.
         affine: whether its batch norms scale and shift.
@@ -171,7 +224,10 @@ def build_operation(name: str, channels: int, stride: int, *, affine: bool) -> n
         UserError: if there is no such operation.
     """
     if name not in _BUILDERS:
-        raise UserError(f"There is no operation {name!r} in DARTS; there are {', '.join(OPERATIONS)}.")
+        raise UserError(
+            f"There is no operation {name!r} in DARTS; there are {', '.join(_BUILDERS)}, and those registered by a "
+            "file that --import names."
+        )
     operation: nn.Module = _BUILDERS[name](channels, stride, affine)
     return operation
 

@@ -12,7 +12,7 @@ from matplotlib.path import Path as Curve
 
 from nni_cream.architecture import CreamPath
 from nni_cream.description import describe_path
-from nni_cream.models.cream import HEAD_FEATURES, OPERATIONS, STEM_CHANNELS, Choice, DilConvChoice
+from nni_cream.models.cream import HEAD_FEATURES, STEM_CHANNELS, Choice, DilConvChoice, known_operations
 from nni_cream.plots.style import INK, QUIET, TITLE_SIZE, our_style
 
 # Inches.
@@ -112,7 +112,7 @@ def _rows(path: CreamPath, resolution: int) -> list[tuple[str, list[tuple[str, s
 
 def _look(index: int | None) -> tuple[str, float]:
     """Return fill and height of a block."""
-    operation = None if index is None else OPERATIONS[index]
+    operation = None if index is None else known_operations()[index]
     if isinstance(operation, Choice):
         return _KERNELS[operation.kernel], _TALL if operation.expansion == _WIDER else _HEIGHT
     if isinstance(operation, DilConvChoice):

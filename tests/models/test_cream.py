@@ -8,6 +8,7 @@ import timm
 import torch
 from timm.data.constants import DEFAULT_CROP_PCT, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import DropPath
+from timm.models._efficientnet_blocks import EdgeResidual
 from torch import nn
 from torchvision.models import resnet
 
@@ -15,6 +16,7 @@ import nni_cream  # noqa: F401 (registers the networks)
 from nni_cream.architecture import CreamPath
 from nni_cream.cost import measure_network, ptflops_macs
 from nni_cream.errors import UserError
+from nni_cream.models import cream
 from nni_cream.models.cream import (
     CHOICES,
     OPERATIONS,
@@ -24,6 +26,9 @@ from nni_cream.models.cream import (
     ResidualUnitKind,
     block_strings,
     build_child,
+    known_operations,
+    own_operations,
+    register_block_operation,
 )
 from tests.reference import apply_rule, golden, standard_normal, use_exact_gates
 
@@ -268,3 +273,93 @@ class TestFurtherOperations:
         block = build_child(CreamPath.parse("[0] [9] [9] [9] [9] [9] [0]"), num_classes=2).blocks[5][0]
         # Fan-out, as timm's EfficientNets: a standard deviation of sqrt(2 / (3 * 3 * 192)).
         assert block.conv2.weight.std().item() == pytest.approx((2 / (9 * 192)) ** 0.5, rel=0.02)
+
+
+def fused(in_channels: int, out_channels: int, stride: int) -> nn.Module:
+    return EdgeResidual(in_channels, out_channels, 3, stride, exp_ratio=2)
+
+
+class TestRegister:
+    @pytest.fixture(autouse=True)
+    def _afterwards_there_is_none(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(cream, "_OWN", {})
+
+    def test_a_path_names_an_operation_by_its_number(self) -> None:
+        assert register_block_operation("fused", number=120)(fused) is fused
+        assert list(known_operations()) == [*range(len(OPERATIONS)), 120]
+        network = build_child(CreamPath.parse("[0] [120] [3,120] [3] [3] [3] [0]"), num_classes=10, drop_path_rate=0.2)
+        own = [block for stage in network.blocks for block in stage if isinstance(block, EdgeResidual)]
+        assert [(block.conv_exp.in_channels, block.conv_exp.stride, block.bn2.num_features) for block in own] == [
+            (16, (2, 2), 24),
+            (40, (1, 1), 40),
+        ]
+        rates = [block.drop_path.drop_prob for block in own]
+        assert 0 < rates[0] < rates[1] < 0.2
+        # As timm's EfficientNets: fan-out.
+        assert own[1].conv_exp.weight.std().item() == pytest.approx((2 / (9 * 80)) ** 0.5, rel=0.05)
+
+    def test_a_path_of_an_operation_that_is_not_registered_is_an_error(self) -> None:
+        path = CreamPath.parse("[0] [120] [3] [3] [3] [3] [0]")
+        with pytest.raises(
+            UserError, match=r"Stage 1 .* names choice 120, but choices go from 0 to 9; those of your own .* --import"
+        ):
+            build_child(path, num_classes=10)
+
+    def test_operations_by_name(self) -> None:
+        register_block_operation("fused", number=101)(fused)
+        register_block_operation("deep", number=100)(lambda i, o, s: nn.Conv2d(i, o, 5, s, padding=2))
+        assert [choice.name for choice in own_operations(["deep", "fused"])] == ["deep", "fused"]
+        with pytest.raises(
+            UserError, match="There is no block operation 'dep'; of your own there are fused, deep, and"
+        ):
+            own_operations(["dep"])
+        with pytest.raises(UserError, match="'fused' is to be offered twice; name it once"):
+            own_operations(["fused", "deep", "fused"])
+
+    def test_a_function_that_is_defined_once_more_takes_its_own_place(self) -> None:
+        def build(widened: float) -> Any:
+            return lambda i, o, s: EdgeResidual(i, o, 3, s, exp_ratio=widened)
+
+        register_block_operation("fused", number=100)(build(2.0))
+        register_block_operation("fused", number=100)(build(3.0))
+        (choice,) = own_operations(["fused"])
+        assert choice.build(16, 16, 1).conv_exp.out_channels == 48  # type: ignore[union-attr]
+
+    @pytest.mark.parametrize(("name", "number"), [("fused", 101), ("other", 100), ("fused", 100)])
+    def test_names_and_numbers_that_are_taken(self, name: str, number: int) -> None:
+        register_block_operation("fused", number=100)(fused)
+        with pytest.raises(UserError, match="There is an operation 'fused' of number 100 already"):
+            register_block_operation(name, number=number)(lambda i, o, s: fused(i, o, s))
+        assert list(known_operations())[len(OPERATIONS) :] == [100]
+
+    @pytest.mark.parametrize(
+        ("builder", "message"),
+        [
+            (
+                lambda i, o, s: nn.Conv2d(i, o, 1),
+                r"makes \[2, 24, 8, 8\] of \[2, 16, 8, 8\] at stride 2, but \[2, 24, 4",
+            ),
+            (lambda i, o, s: nn.Conv2d(i, o + o % 5, 1, s), r"makes \[2, 28, 4, 4\] .*, but \[2, 24, 4, 4\] is needed"),
+            # Of the stage with stride 1 whose channels change.
+            (
+                lambda i, o, s: nn.Identity() if s == 1 and i != 24 else nn.Conv2d(i, o, 1, s),
+                "is an nn.Identity, which stands for a block that is left out: offer that with skip",
+            ),
+        ],
+    )
+    def test_what_a_block_cannot_use_is_an_error(self, builder: Any, message: str) -> None:
+        with pytest.raises(UserError, match=f"The operation 'own' {message}"):
+            register_block_operation("own", number=100)(builder)
+        assert len(known_operations()) == len(OPERATIONS)
+
+    @pytest.mark.parametrize(
+        ("name", "number", "message"),
+        [
+            ("3x3", 100, "cannot be called '3x3'"),
+            ("own", 99, "The number of the operation 'own' is 99; numbers of your own begin at 100"),
+            ("own", True, "is True; numbers"),
+        ],
+    )
+    def test_names_and_numbers_that_cannot_be(self, name: str, number: int, message: str) -> None:
+        with pytest.raises(UserError, match=message):
+            register_block_operation(name, number=number)

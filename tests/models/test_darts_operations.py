@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 from nni_cream.errors import UserError
 from nni_cream.genotype import PUBLISHED_GENOTYPES
+from nni_cream.models import darts_operations
 from nni_cream.models.darts_operations import (
     OPERATIONS,
     PAPER_OPERATIONS,
@@ -16,6 +18,8 @@ from nni_cream.models.darts_operations import (
     ReLUConvBN,
     build_candidate,
     build_operation,
+    build_searched,
+    register_edge_operation,
 )
 from tests.reference import apply_rule, golden, standard_normal
 
@@ -200,3 +204,79 @@ def test_candidates_have_the_published_entries(name: str, cell: int, channels: i
 def test_what_cannot_be_built_is_an_error(build: Any, message: str) -> None:
     with pytest.raises(UserError, match=message):
         build()
+
+
+def block(norm: Callable[..., nn.Module] = nn.BatchNorm2d, inplace: bool = False) -> Callable[..., nn.Module]:
+    def own(channels: int, stride: int, affine: bool) -> nn.Module:
+        convolution = nn.Conv2d(channels, channels, 3, stride, padding=1, groups=channels, bias=False)
+        return nn.Sequential(nn.ReLU(inplace), convolution, norm(channels, affine=affine))
+
+    return own
+
+
+class TestRegister:
+    @pytest.fixture(autouse=True)
+    def _afterwards_there_is_none(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(darts_operations, "_BUILDERS", dict(darts_operations._BUILDERS))
+
+    def test_an_operation_is_built_by_its_name(self) -> None:
+        own = block()
+        assert register_edge_operation("own")(own) is own
+        trained, searched = build_operation("own", 6, 2, affine=True), build_searched("own", 6, 2)
+        assert [norm.affine for norm in (trained[2], searched[2])] == [True, False]  # type: ignore[index]
+        assert trained(torch.zeros(1, 6, 8, 8)).shape == (1, 6, 4, 4)
+        # For derivatives of any order, as the package's own.
+        assert type(build_candidate("own", 6, 1)[1]).__name__ == "DepthwiseConv2d"  # type: ignore[index]
+        with pytest.raises(UserError, match=r"conv_7x1_1x7, own, and those registered by a file that --import names\."):
+            build_operation("other", 6, 1, affine=True)
+
+    def test_a_pool_is_followed_by_a_norm_in_a_search(self) -> None:
+        register_edge_operation("max_pool_5x5")(lambda channels, stride, affine: nn.MaxPool2d(5, stride, padding=2))
+        assert [type(part) for part in build_searched("max_pool_5x5", 4, 1).children()] == [
+            nn.MaxPool2d,
+            nn.BatchNorm2d,
+        ]
+
+    def test_a_function_that_is_defined_once_more_takes_its_own_place(self) -> None:
+        register_edge_operation("own")(block())
+        again = block(nn.BatchNorm2d)
+        register_edge_operation("own")(again)
+        assert darts_operations._BUILDERS["own"] is again
+
+        def other(channels: int, stride: int, affine: bool) -> nn.Module:
+            return again(channels, stride, affine)
+
+        with pytest.raises(UserError, match="There is an operation 'own' already; give yours another name"):
+            register_edge_operation("own")(other)
+        assert darts_operations._BUILDERS["own"] is again
+
+    def test_the_packages_own_stay(self) -> None:
+        with pytest.raises(UserError, match="There is an operation 'skip_connect' already"):
+            register_edge_operation("skip_connect")(block())
+
+    @pytest.mark.parametrize(
+        ("builder", "message"),
+        [
+            (
+                lambda c, stride, affine: nn.Conv2d(c, c, 3, padding=1),
+                r"makes \[2, 16, 8, 8\] of \[2, 16, 8, 8\] at stride 2, but an edge needs \[2, 16, 4, 4\]",
+            ),
+            (lambda c, stride, affine: nn.Conv2d(c, 2 * c, 1, stride), r"makes \[2, 32, 8, 8\] of .* at stride 1"),
+            (block(lambda c, affine: nn.BatchNorm2d(c)), "scales and shifts although affine is False"),
+            (block(inplace=True), "changes its input in place, which other edges read as well"),
+        ],
+    )
+    def test_what_an_edge_cannot_use_is_an_error(self, builder: Any, message: str) -> None:
+        with pytest.raises(UserError, match=f"operation 'own' {message}|of the operation 'own' {message}"):
+            register_edge_operation("own")(builder)
+        assert "own" not in darts_operations._BUILDERS
+
+    @pytest.mark.parametrize("name", ["", "conv 3x3", "3x3", "conv-3x3"])
+    def test_names_are_those_that_a_genotype_can_have(self, name: str) -> None:
+        with pytest.raises(UserError, match="cannot be called"):
+            register_edge_operation(name)
+
+    def test_checking_draws_no_random_number(self) -> None:
+        before = torch.get_rng_state()
+        register_edge_operation("own")(block())
+        assert torch.equal(torch.get_rng_state(), before)

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from nni_cream.architecture import CreamPath
-from nni_cream.cost import ptflops_macs
+from nni_cream.cost import measure_network, measure_space, ptflops_macs
 from nni_cream.errors import UserError
+from nni_cream.models import cream
 from nni_cream.models.cream import CHOICES, STAGES, Choice, build_child
 from search_spaces.cream import CreamSpace, SpacePlan, align, plan_space, stage_costs
 from tests.reference import apply_rule, golden, run_through, standard_normal, use_exact_gates
@@ -386,6 +387,44 @@ class TestOptions:
         small, large = (block[CHOICES.index(Choice(k, 6))].conv_dw.weight for k in (3, 7))
         assert torch.equal(large[:, :, 2:5, 2:5], small)
         assert block[6].op[1].weight.std() > 0.1
+
+
+class TestOwnOperations:
+    @pytest.fixture(autouse=True)
+    def _two(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(cream, "_OWN", {})
+        for name, number, kernel in (("five", 130, 5), ("three", 100, 3)):
+
+            def build(i: int, o: int, s: int, kernel: int = kernel) -> nn.Module:
+                return nn.Sequential(nn.Conv2d(i, o, kernel, s, padding=kernel // 2, bias=False), nn.BatchNorm2d(o))
+
+            cream.register_block_operation(name, number=number)(build)
+
+    def test_they_come_after_the_others_and_before_leaving_out(self) -> None:
+        space = CreamSpace(DEPTHS, 10, resunit=["basic"], operations=["three", "five"], skip=True)
+        sizes = [len(space.simplify()[f"stage2_block{b}"].values) for b in range(2)]
+        assert sizes == [9, 10]
+        sample = CreamPath.parse("[0] [8] [7,9] [6,1] [5] [7] [0]").to_sample()
+        assert space.architecture(sample) == CreamPath.parse("[0] [130] [100] [9,1] [5] [100] [0]")
+        assert space.prior((0.1,) * 10)["stage2_block1"] == (0.1,) * 10
+
+    def test_frozen_network_is_the_child_and_costs_as_much(self) -> None:
+        torch.manual_seed(0)
+        space = CreamSpace(DEPTHS, 10, operations=["five", "three"])
+        sample = CreamPath.parse("[0] [6] [7,2] [0,6] [7] [3] [0]").to_sample()
+        path = space.architecture(sample)
+        assert str(path) == "[[0], [130], [100, 2], [0, 130], [100], [3], [0]]"
+        child = build_child(path, num_classes=10)
+        child.load_state_dict(space.freeze(sample).state_dict())
+        run_through(space, sample)
+        images = standard_normal(5, 2, 3, 64, 64).float()
+        with torch.no_grad():
+            assert torch.equal(space.eval()(images), child.eval()(images))
+        assert measure_space(space, (3, 64, 64)).of(sample) == measure_network(child, 64)
+
+    def test_what_is_not_registered_is_an_error(self) -> None:
+        with pytest.raises(UserError, match="There is no block operation 'seven'; of your own there are five, three"):
+            CreamSpace(DEPTHS, 10, operations=["seven"])
 
 
 class TestAlign:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from nni_cream.errors import UserError
 from nni_cream.hypergradient import exact, finite_difference, first_order, sgd_step
+from nni_cream.models import darts_operations
 from nni_cream.models.darts_operations import OPERATIONS, PAPER_OPERATIONS
 from nni_cream.strategies.darts import DartsStrategy
 from nni_cream.supernet.batch_norm import batch_statistics, recalibrated
@@ -385,3 +386,28 @@ def test_no_operation_but_none_and_unknown_ones() -> None:
     textbook, fused = pair(nodes=1, operations=("none", "conv_7x1_1x7"))
     for position in POSITIONS:
         assert_cells_agree(textbook, fused, position)
+
+
+class TestOwnOperations:
+    @pytest.fixture(params=[1e-5, 1e-3])
+    def eps(self, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> float:
+        """Register a convolution whose norm has this ε."""
+        eps: float = request.param
+
+        def own(channels: int, stride: int, affine: bool) -> nn.Module:
+            convolution = nn.Conv2d(channels, channels, 3, stride, padding=1, bias=False)
+            return nn.Sequential(nn.ReLU(), convolution, nn.BatchNorm2d(channels, eps, affine=affine))
+
+        monkeypatch.setattr(darts_operations, "_BUILDERS", dict(darts_operations._BUILDERS))
+        darts_operations.register_edge_operation("own")(own)
+        return eps
+
+    @pytest.mark.parametrize("position", POSITIONS)
+    def test_run_beside_the_others_if_their_norms_are_alike(
+        self, position: int, eps: float, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        textbook, fused = pair(operations=("sep_conv_3x3", "own", "skip_connect"))
+        assert_cells_agree(textbook, fused, position)
+        with textbook_calls(monkeypatch) as calls, torch.no_grad():
+            fused.space.cells[position](*inputs(fused.space.cells[position]))
+        assert len(calls) == (eps != 1e-5)

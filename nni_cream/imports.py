@@ -1,0 +1,58 @@
+"""Python files of your own that a command runs before anything else, such as one that registers operations."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+import traceback
+from pathlib import Path
+from typing import Final
+
+from nni_cream.errors import UserError
+
+_IMPORTED: Final[list[Path]] = []
+
+
+def import_file(name: str) -> Path:
+    """Run a Python file as a module of its own name, once in a process, and return its path.
+
+    Raises:
+        UserError: if there is no such file, its name cannot be that of a module or is that of another one, or it ends
+            in an error.
+    """
+    file = Path(name).resolve()
+    if file in _IMPORTED:
+        return file
+    if file.suffix != ".py" or not file.is_file():
+        raise UserError(f"--import names {name}, which is no Python file; give the .py file with your operations.")
+    if not file.stem.isidentifier():
+        raise UserError(f"--import names {name}, but a module cannot be called {file.stem!r}; rename the file.")
+    known = importlib.util.find_spec(file.stem)
+    if known is not None and (known.origin is None or Path(known.origin).resolve() != file):
+        raise UserError(f"--import names {name}, but there is another module {file.stem!r}; rename the file.")
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[file.stem] = module
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        del sys.modules[file.stem]
+        text = " ".join(str(error).split()).rstrip(".")
+        reason = text if isinstance(error, UserError) else f"{type(error).__name__}: {text}"
+        raise UserError(f"{name} cannot be imported, because of line {_line(error, file)}: {reason}.") from None
+    _IMPORTED.append(file)
+    return file
+
+
+def _line(error: Exception, file: Path) -> int | None:
+    if isinstance(error, SyntaxError):
+        return error.lineno
+    frames = traceback.extract_tb(error.__traceback__)
+    return next((frame.lineno for frame in reversed(frames) if frame.filename == str(file)), None)
+
+
+def import_options() -> tuple[str, ...]:
+    """Return the words with which a command imports what this process has imported."""
+    return tuple(word for file in _IMPORTED for word in ("--import", str(file)))
