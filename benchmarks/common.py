@@ -22,6 +22,14 @@ sys.path.insert(0, str(ROOT))
 from nni_cream.runs import describe_environment, read_json, write_json
 
 RESULTS = ROOT / "benchmarks/results"
+# A trainer of Lightning's that does nothing but train.
+QUIET: dict[str, Any] = {
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+    "num_sanity_val_steps": 0,
+}
 
 
 def run_trial(script: str, output: Path, *arguments: str) -> float:

@@ -20,7 +20,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
-from common import judged, make_parser, save_result, seconds_of, table
+from common import QUIET, judged, make_parser, save_result, seconds_of, table
 from nni.nas.evaluator.pytorch import DataLoader, Lightning, Trainer
 from nni.nas.execution import SequentialExecutionEngine
 from nni.nas.space import RawFormatModelSpace
@@ -223,11 +223,7 @@ def measure(setting: dict[str, int], repetitions: int, precision: str, device: s
         devices=1,
         precision=precision,
         callbacks=[measurement],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
+        **QUIET,
     )
     evaluator = Lightning(
         module,

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from common import finish, judged, make_parser, mean_and_spread, save_result, seconds_of, table
+from common import QUIET, finish, judged, make_parser, mean_and_spread, save_result, seconds_of, table
 from exact_product import with_torch_derivatives
 from nni.nas.evaluator.pytorch import DataLoader, Lightning, LightningModule, Trainer
 from nni.nas.execution import SequentialExecutionEngine
@@ -109,11 +109,7 @@ def search(
         accelerator="gpu" if device == "cuda" else "cpu",
         devices=1,
         precision=precision,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
+        **QUIET,
         limit_val_batches=1,
         callbacks=[watch],
     )

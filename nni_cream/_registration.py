@@ -32,4 +32,4 @@ def offer_strategies(nni_strategies: ModuleType) -> None:
 
 def offer_networks(_timm_models: ModuleType) -> None:
     """Add the published networks to timm's registry; called when ``timm.models`` has been imported."""
-    from nni_cream.models import cream, darts  # noqa: F401 (they register on import)
+    from nni_cream.models import cream, darts_published  # noqa: F401 (they register on import)

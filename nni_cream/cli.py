@@ -17,7 +17,7 @@ from nni_cream.errors import TrainingError, UserError
 from nni_cream.imports import import_file
 from nni_cream.ranks import is_first
 from nni_cream.recipe import Recipe, parse_override, to_yaml
-from nni_cream.runs import RunDirectory
+from nni_cream.runs import RunDirectory, newest_training
 from nni_cream.trouble import sentence_of
 
 # What NNI's tuner has chosen, for the further processes of a trial.
@@ -76,6 +76,38 @@ def make_parser(description: str | None, recipe: Path | None) -> argparse.Argume
     parser.add_argument("--name", help="name of the run, instead of the recipe's")
     parser.add_argument("--output", type=Path, help="run directory (default: $NNI_OUTPUT_DIR, else runs/<name>)")
     return parser
+
+
+def add_checkpoint_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say which checkpoint is read, and how."""
+    parser.add_argument(
+        "--checkpoint",
+        type=Path,
+        help="model.safetensors of a training, child.json of a search, or a checkpoint of another program (default: "
+        "the newest training below runs/)",
+    )
+    parser.add_argument("--model", help="timm's name of the network, for a checkpoint that does not say it")
+    parser.add_argument(
+        "--weights",
+        choices=("ema", "plain"),
+        default="ema",
+        help="which weights to take from a checkpoint that has averaged (EMA) and plain ones (default: %(default)s)",
+    )
+
+
+def checkpoint_of(arguments: argparse.Namespace) -> Path:
+    """Return the checkpoint that the command line names, or that of the newest training.
+
+    Raises:
+        UserError: if there is neither.
+    """
+    file: Path | None = arguments.checkpoint or newest_training()
+    if file is None:
+        raise UserError(
+            "No training has ended yet (there is no model.safetensors below runs/): run trials/retrain_child.py first, "
+            "or give a --checkpoint."
+        )
+    return file
 
 
 def settings_of(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -100,17 +100,22 @@ def _random(key: str) -> np.random.RandomState:
     return np.random.RandomState(zlib.crc32(key.encode()) & 0x7FFFFFFF)
 
 
-def golden_search(file: str, **settings: Any) -> GoldenSearch:
-    """Build the network of ``golden/darts/<file>``; ``settings`` are those of the strategy."""
-    data: dict[str, Any] = golden(f"darts/{file}")
-    seed, network = data["seed"], data["network"]
-    space = DartsSpace(
+def space_of(network: Mapping[str, int]) -> DartsSpace:
+    """Build the space that a file describes under ``network``."""
+    return DartsSpace(
         network["num_classes"],
         channels=network["C"],
         cells=network["layers"],
         nodes=network["steps"],
         concat=network["multiplier"],
     )
+
+
+def golden_search(file: str, **settings: Any) -> GoldenSearch:
+    """Build the network of ``golden/darts/<file>``; ``settings`` are those of the strategy."""
+    data: dict[str, Any] = golden(f"darts/{file}")
+    seed, network = data["seed"], data["network"]
+    space = space_of(network)
     strategy = DartsStrategy(**settings)
     strategy.mutate_model(space)
     space.double()

@@ -17,7 +17,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import nni.nas.nn.pytorch as nas
 import numpy as np
 import pytorch_lightning as pl
 import torch
@@ -41,9 +40,10 @@ from nni_cream.strategies import CreamStrategy, DartsStrategy
 from nni_cream.supernet.synchronised import alone, synchronised
 from nni_cream.training import ImageClassifier
 from search_spaces.darts import DartsSpace
+from tests.six_paths import CLASSES, SixPaths
+from tests.trainers import QUIET
 
 WORLD = int(os.environ.get("WORLD_SIZE", "1"))
-CLASSES = 3
 BATCH = 12
 SGD = {"opt": "sgd", "lr": 0.1, "momentum": 0.9, "weight_decay": 1e-3}
 SCHEDULE = {"sched": "poly", "decay_rate": 1.0}
@@ -157,16 +157,12 @@ class Watcher(pl.Callback):
 
 def trainer(epochs: int, watcher: Watcher) -> Any:
     return Trainer(
-        accelerator="cpu",
+        **QUIET,
         devices=WORLD,
         strategy=SharedBatch() if WORLD > 1 else "auto",
         use_distributed_sampler=False,
         max_epochs=epochs,
         callbacks=[watcher],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
         num_sanity_val_steps=0,
     )
 
@@ -205,23 +201,13 @@ def darts(execution: Any, **settings: Any) -> Any:
     return found
 
 
-class PathSpace(nas.ModelSpace):
-    """Six paths through two choices, with batch norms inside and outside of them."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4))
-        self.first = nas.LayerChoice([self.candidate(4, kernel) for kernel in (1, 3, 5)], label="first")
-        self.second = nas.LayerChoice([self.candidate(6, kernel) for kernel in (1, 3)], label="second")
-        self.head = nn.Linear(6, CLASSES)
+class PathSpace(SixPaths):
+    """With batch norms as timm has them."""
 
     @staticmethod
     def candidate(channels: int, kernel: int) -> nn.Module:
         convolution = nn.Conv2d(4, channels, kernel, padding=kernel // 2, bias=False)
         return nn.Sequential(convolution, BatchNormAct2d(channels))
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.head(self.second(self.first(self.stem(images))).mean((2, 3)))
 
 
 def cream(**settings: Any) -> Any:

@@ -34,24 +34,22 @@ from nni_cream.search import search_cream
 from nni_cream.search_darts import search_darts
 
 SECONDS = 240
-AUGMENTATION = {"scale": [0.6, 1.0], "hflip": 0.5, "color_jitter": 0.3, "re_prob": 0.3}
+DATA: dict[str, Any] = {
+    "name": "digits",
+    "batch_size": 16,
+    "augmentation": {"scale": [0.6, 1.0], "hflip": 0.5, "color_jitter": 0.3, "re_prob": 0.3},
+}
+DEVICE: dict[str, Any] = {"accelerator": "cpu", "threads": 1}
 CREAM: dict[str, Any] = {
     "name": "cream",
     "seed": 3,
     "epochs": 3,
-    "data": {
-        "name": "digits",
-        "resolution": 32,
-        "batch_size": 16,
-        "validation_fraction": 0.85,
-        "architecture_fraction": 0.05,
-        "augmentation": AUGMENTATION,
-    },
+    "data": {**DATA, "resolution": 32, "validation_fraction": 0.85, "architecture_fraction": 0.05},
     "flops": {"min": 2.0, "max": 3.0},
     "space": {"aligned": True},
     "optimizer": {"lr": 0.03},
     "cream": {"board_size": 3, "board_images": 4, "warmup_epochs": 1, "meta_interval": 5, "recalibration_batches": 2},
-    "device": {"accelerator": "cpu", "threads": 1},
+    "device": DEVICE,
 }
 GENOTYPE = (
     "Genotype(normal=[('sep_conv_3x3', 1), ('skip_connect', 0), ('max_pool_3x3', 0), ('dil_conv_3x3', 2)], "
@@ -62,33 +60,19 @@ DARTS: dict[str, Any] = {
     "name": "darts",
     "seed": 4,
     "epochs": 3,
-    "data": {
-        "name": "digits",
-        "resolution": 8,
-        "batch_size": 16,
-        # Fewer batches for α than for the weights, so that they begin anew within an epoch.
-        "validation_fraction": 0.8,
-        "architecture_fraction": 0.08,
-        "augmentation": AUGMENTATION,
-    },
+    # Fewer batches for α than for the weights, so that they begin anew within an epoch.
+    "data": {**DATA, "resolution": 8, "validation_fraction": 0.8, "architecture_fraction": 0.08},
     "space": {"channels": 2, "cells": 3, "nodes": 2, "operations": ["none", "skip_connect", "sep_conv_3x3"]},
     "optimizer": {"name": "momentum", "lr": 0.1, "filter_bias_and_bn": False},
     "schedule": {"name": "cosine"},
     "darts": {"alpha_lr": 0.1, "eigenvalue": "track"},
-    "device": {"accelerator": "cpu", "threads": 1},
+    "device": DEVICE,
 }
 RETRAIN: dict[str, Any] = {
     "name": "retrain",
     "seed": 5,
     "epochs": 3,
-    "data": {
-        "name": "digits",
-        "resolution": 8,
-        "batch_size": 16,
-        "validation_fraction": 0.8,
-        "architecture_fraction": 0.05,
-        "augmentation": AUGMENTATION,
-    },
+    "data": {**DATA, "resolution": 8, "validation_fraction": 0.8, "architecture_fraction": 0.05},
     "optimizer": {"name": "momentum", "lr": 0.05},
     "schedule": {"name": "cosine", "interval": "epoch"},
     "gradient_clip": 5.0,
@@ -97,7 +81,7 @@ RETRAIN: dict[str, Any] = {
     "mixing": {"mixup": 0.2, "cutmix": 1.0, "off_epoch": 2},
     "ema": {"decay": 0.95},
     "darts": {"channels": 4, "cells": 4, "stem": "cifar"},
-    "device": {"accelerator": "cpu", "threads": 1},
+    "device": DEVICE,
 }
 RECIPES = {"cream": CREAM, "darts": DARTS, "retrain": RETRAIN}
 

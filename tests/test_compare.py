@@ -31,18 +31,14 @@ from nni_cream.recipe import CreamRecipe
 from nni_cream.seeds import Spread
 from tests.test_retrain import GENOTYPE, SPACE
 from tests.test_seeds import recipe
+from tests.trainers import LIGHTNINGS_WARNINGS
 
 SEARCH = CreamRecipe.model_validate(
     {"name": "a", "epochs": 30, "data": {"name": "digits", "resolution": 32}, "flops": {"min": 2.5, "max": 3.0}}
 )
 DATA = {"name": "digits", "resolution": 32}
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
-    pytest.mark.filterwarnings("ignore:.*logging interval"),
-    # Lightning's use of torch.
-    pytest.mark.filterwarnings("ignore:.*LeafSpec"),
-]
+pytestmark = LIGHTNINGS_WARNINGS
 
 
 @pytest.fixture(scope="module")

@@ -10,13 +10,10 @@ from torch import Tensor, nn
 
 from nni_cream.recipe import Ema, Schedule
 from nni_cream.soundness import Soundness
-from tests.test_training import STEPS, fit, small_network
+from tests.trainers import LIGHTNINGS_WARNINGS
+from tests.training.fitting import STEPS, fit, small_network
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
-    # Lightning's use of torch.
-    pytest.mark.filterwarnings("ignore:.*LeafSpec"),
-]
+pytestmark = LIGHTNINGS_WARNINGS
 
 State = dict[str, Tensor]
 

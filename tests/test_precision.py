@@ -23,6 +23,7 @@ from nni_cream.strategies.darts import DartsStrategy
 from nni_cream.training import ImageClassifier
 from search_spaces.cream import CreamSpace
 from search_spaces.darts import DartsSpace
+from tests.trainers import QUIET
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
 
@@ -70,17 +71,7 @@ def make_trainer(precision: str, watch: Watch, scale: float = SCALE) -> Any:
     # Given 16-mixed on a CPU by name, Lightning computes in bf16-mixed.
     half = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=scale))
     given: dict[str, Any] = {"plugins": [half]} if precision == "16-mixed" else {"precision": precision}
-    return Trainer(
-        max_epochs=1,
-        accelerator="cpu",
-        callbacks=[watch],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-        **given,
-    )
+    return Trainer(**QUIET, max_epochs=1, callbacks=[watch], num_sanity_val_steps=0, **given)
 
 
 def make_classifier(execution: Any, **arguments: Any) -> Any:

@@ -19,6 +19,7 @@ from nni_cream.recipe import EvaluationRecipe, RetrainRecipe
 from nni_cream.retrain import retrain
 from nni_cream.runs import RunDirectory
 from nni_cream.training import ImageClassifier
+from tests.trainers import LIGHTNINGS_WARNINGS
 
 EDGES = (("sep_conv_3x3", 1), ("skip_connect", 0), ("max_pool_3x3", 0), ("dil_conv_3x3", 2))
 GENOTYPE = Genotype(normal=EDGES, normal_concat=(2, 3), reduce=EDGES, reduce_concat=(2, 3))
@@ -40,12 +41,7 @@ RECIPE: dict[str, Any] = {
     "device": {"accelerator": "cpu"},
 }
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
-    pytest.mark.filterwarnings("ignore:.*logging interval"),
-    # Lightning's use of torch.
-    pytest.mark.filterwarnings("ignore:.*LeafSpec"),
-]
+pytestmark = LIGHTNINGS_WARNINGS
 
 
 @pytest.fixture

@@ -28,6 +28,7 @@ from nni_cream.runs import RunDirectory
 from nni_cream.search_darts import search_darts
 from nni_cream.strategies.darts import DartsStrategy
 from nni_cream.strategies.darts_module import DartsLightningModule
+from tests.trainers import LIGHTNINGS_WARNINGS
 
 # 144 images for the weights, so that an epoch is six steps; 719 for α, of which an epoch takes as many; 575 to report.
 RECIPE: dict[str, Any] = {
@@ -54,12 +55,7 @@ RECIPE: dict[str, Any] = {
 }
 STEPS = 6
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
-    pytest.mark.filterwarnings("ignore:.*logging interval"),
-    # Lightning's use of torch.
-    pytest.mark.filterwarnings("ignore:.*LeafSpec"),
-]
+pytestmark = LIGHTNINGS_WARNINGS
 
 
 def recipe_with(**changes: Any) -> DartsRecipe:

@@ -16,6 +16,7 @@ from nni_cream.retrain import retrain
 from nni_cream.runs import RunDirectory
 from nni_cream.seeds import Spread, retrain_seeds
 from tests.test_retrain import GENOTYPE
+from tests.trainers import LIGHTNINGS_WARNINGS
 
 RECIPE: dict[str, Any] = {
     "name": "again",
@@ -36,12 +37,7 @@ RECIPE: dict[str, Any] = {
 }
 CANDIDATE = Candidate(None, str(GENOTYPE))
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
-    pytest.mark.filterwarnings("ignore:.*logging interval"),
-    # Lightning's use of torch.
-    pytest.mark.filterwarnings("ignore:.*LeafSpec"),
-]
+pytestmark = LIGHTNINGS_WARNINGS
 
 
 def recipe(seed: int) -> RetrainRecipe:

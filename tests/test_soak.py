@@ -49,8 +49,7 @@ class Samples(pl.Callback):
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*does not have many workers")
 @pytest.mark.filterwarnings("ignore:.*LeafSpec")
-def test_a_long_search_does_not_grow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tests.distributed_worker.CLASSES", 10)
+def test_a_long_search_does_not_grow(tmp_path: Path) -> None:
     splits = load_data("digits", resolution=16, augmentation=Augmentation(hflip=0.5, re_prob=0.2))
     training = make_training_loader(splits.weights, DATA, 1, Device(accelerator="cpu"))
     samples = Samples()
@@ -71,7 +70,7 @@ def test_a_long_search_does_not_grow(tmp_path: Path, monkeypatch: pytest.MonkeyP
     )
     torch.manual_seed(0)
     strategy = CreamStrategy(board_images=4, warmup_epochs=1, board_size=3, meta_interval=5, recalibration_batches=2)
-    strategy(RawFormatModelSpace.from_model(PathSpace(), evaluator), SequentialExecutionEngine())
+    strategy(RawFormatModelSpace.from_model(PathSpace(10), evaluator), SequentialExecutionEngine())
 
     step, memory, files, threads = np.array(samples.taken).T
     assert step[-1] >= STEPS - EVERY

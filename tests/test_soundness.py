@@ -19,14 +19,11 @@ from nni_cream.soundness import Soundness, first_not_finite, refuse_broken
 from nni_cream.strategies import cream_module
 from tests import distributed_worker as small
 from tests import resuming
+from tests.trainers import LIGHTNINGS_WARNINGS
 
 TRAINING, ALPHA, RETRAINING = 3, 4, 11  # the seeds of the images that the small searches and trainings learn from
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
-    pytest.mark.filterwarnings("ignore:.*logging interval"),
-    pytest.mark.filterwarnings("ignore:.*LeafSpec"),
-]
+pytestmark = LIGHTNINGS_WARNINGS
 
 
 def cream(**settings: Any) -> Any:

@@ -15,27 +15,13 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from nni_cream.cli import Parser, add_import, run
-from nni_cream.errors import UserError
-from nni_cream.runs import newest_training
+from nni_cream.cli import Parser, add_checkpoint_options, add_import, checkpoint_of, run
 
 
 def main() -> None:
     """Read the command line and export."""
     parser = Parser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument(
-        "--checkpoint",
-        type=Path,
-        help="model.safetensors of a training, child.json of a search, or a checkpoint of another program (default: "
-        "the newest training below runs/)",
-    )
-    parser.add_argument("--model", help="timm's name of the network, for a checkpoint that does not say it")
-    parser.add_argument(
-        "--weights",
-        choices=("ema", "plain"),
-        default="ema",
-        help="which weights to take from a checkpoint that has averaged (EMA) and plain ones (default: %(default)s)",
-    )
+    add_checkpoint_options(parser)
     parser.add_argument("--output", type=Path, help="the file to write (default: beside the checkpoint)")
     parser.add_argument(
         "--format", default="onnx", help="onnx, export (torch.export's .pt2) or torchscript (default: %(default)s)"
@@ -44,12 +30,7 @@ def main() -> None:
     parser.add_argument("--opset", type=int, help="version of ONNX's operators (default: PyTorch's choice)")
     add_import(parser)
     arguments = parser.parse_args()
-    file = arguments.checkpoint or newest_training()
-    if file is None:
-        raise UserError(
-            "No training has ended yet (there is no model.safetensors below runs/): run trials/retrain_child.py first, "
-            "or give a --checkpoint."
-        )
+    file = checkpoint_of(arguments)
 
     from nni_cream.export import export_checkpoint, print_exported
 

@@ -16,36 +16,17 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from nni_cream.cli import make_settings_parser, run, settings_of
-from nni_cream.errors import UserError
+from nni_cream.cli import add_checkpoint_options, checkpoint_of, make_settings_parser, run, settings_of
 from nni_cream.recipe import EvaluationRecipe, load_recipe
-from nni_cream.runs import newest_training
 
 
 def main() -> None:
     """Read the settings and test."""
     parser = make_settings_parser(__doc__, ROOT / "experiments/recipes/test_child.yml")
-    parser.add_argument(
-        "--checkpoint",
-        type=Path,
-        help="model.safetensors of a training, child.json of a search, or a checkpoint of another program (default: "
-        "the newest training below runs/)",
-    )
-    parser.add_argument("--model", help="timm's name of the network, for a checkpoint that does not say it")
-    parser.add_argument(
-        "--weights",
-        choices=("ema", "plain"),
-        default="ema",
-        help="which weights to take from a checkpoint that has averaged (EMA) and plain ones (default: %(default)s)",
-    )
+    add_checkpoint_options(parser)
     arguments = parser.parse_args()
     recipe = load_recipe(EvaluationRecipe, arguments.recipe, settings_of(arguments))
-    file = arguments.checkpoint or newest_training()
-    if file is None:
-        raise UserError(
-            "No training has ended yet (there is no model.safetensors below runs/): run trials/retrain_child.py first, "
-            "or give a --checkpoint."
-        )
+    file = checkpoint_of(arguments)
 
     from nni_cream.evaluate import evaluate, print_evaluation
 

@@ -34,7 +34,7 @@ from nni_cream.loading import first_batches
 from nni_cream.matching import MatchingLayer, matching_gradient
 from nni_cream.sampling import Path, PathSampler, Prior
 from nni_cream.supernet.batch_norm import batch_statistics, count_right, recalibrated
-from nni_cream.supernet.paths import PathSpace, activate
+from nni_cream.supernet.paths import PathSpace, activate, read_prior
 from nni_cream.supernet.synchronised import alone
 from nni_cream.training import loss_scale
 
@@ -114,7 +114,7 @@ class CreamLightningModule(BaseOneShotLightningModule):
         costs = [[cost.macs for cost in self._options(label)] for label in paths.labels]
         self.sampler = PathSampler(costs, table.fixed.macs, low, high)
         self._board_prior: tuple[tuple[BoardEntry, ...], Prior] | None = None
-        self._fixed_prior = self._given_prior()
+        self._fixed_prior = read_prior(settings.prior, paths)
         # A prior that leaves no path inside the interval is an error now, not after the first image.
         self.sampler.draw(self._fixed_prior, np.random.default_rng(0))
         self._held_out: Iterator[tuple[Tensor, Tensor]] | None = None
@@ -132,33 +132,6 @@ class CreamLightningModule(BaseOneShotLightningModule):
     def _options(self, label: str) -> Sequence[Cost]:
         # A choice without layers of its own (an InputChoice) costs nothing.
         return self.table.choices.get(label, (Cost(0, 0),) * len(self.paths.values[label]))
-
-    def _given_prior(self) -> Prior:
-        given = self.settings.prior
-        if isinstance(given, str):
-            given = {}
-        elif not isinstance(given, Mapping):
-            given = {label: given for label, values in self.paths.values.items() if len(values) == len(given)}
-            if not given:
-                raise UserError(
-                    f"The prior has {len(self.settings.prior)} probabilities, but the choices of this space have "
-                    f"{sorted(set(self.paths.sizes))} candidates."
-                )
-        for label, probabilities in given.items():
-            size = len(self.paths.values.get(label, ()))
-            if len(probabilities) != size:
-                raise UserError(
-                    f"The prior of the choice {label!r} has {len(probabilities)} probabilities, but "
-                    + (f"it has {size} candidates." if size else "there is no such choice in this space.")
-                )
-            if min(probabilities) < 0 or not sum(probabilities) > 0:
-                raise UserError(
-                    f"The prior of the choice {label!r} is {list(probabilities)}, but probabilities are not negative "
-                    "and not all 0."
-                )
-        even = {label: [1.0] * len(values) for label, values in self.paths.values.items()}
-        rows = [given.get(label, even[label]) for label in self.paths.labels]
-        return [[p / sum(row) for p in row] for row in rows]
 
     @property
     def prior(self) -> Prior:

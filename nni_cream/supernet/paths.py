@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from nni.mutable import Categorical, CategoricalMultiple
@@ -11,7 +11,7 @@ from nni.nas.nn.pytorch import InputChoice, LayerChoice, ModelSpace
 from nni.nas.oneshot.pytorch.supermodule.base import BaseSuperNetModule
 
 from nni_cream.errors import UserError
-from nni_cream.sampling import Path
+from nni_cream.sampling import Path, Prior
 
 
 class PathSpace:
@@ -57,6 +57,45 @@ class PathSpace:
     def to_path(self, sample: Mapping[str, Any]) -> Path:
         """Return the path of an NNI sample."""
         return tuple(values.index(sample[label]) for label, values in self.values.items())
+
+
+def read_prior(given: str | Sequence[float] | Mapping[str, Sequence[float]], space: PathSpace) -> Prior:
+    """Return the prior that is described, with probabilities that add up to 1 at every choice.
+
+    Args:
+        given: the probabilities of the candidates, which apply to every choice with as many candidates; or, by label,
+            the probabilities of each choice's candidates; or a word, for no probabilities. What none apply to has an
+            even prior.
+        space: the choices.
+
+    Raises:
+        UserError: if it fits no choice, names one that there is not, or has probabilities that are none.
+    """
+    if isinstance(given, str):
+        given = {}
+    elif not isinstance(given, Mapping):
+        fitting = {label: given for label, values in space.values.items() if len(values) == len(given)}
+        if not fitting:
+            raise UserError(
+                f"The prior has {len(given)} probabilities, but the choices of this space have "
+                f"{sorted(set(space.sizes))} candidates."
+            )
+        given = fitting
+    for label, probabilities in given.items():
+        size = len(space.values.get(label, ()))
+        if len(probabilities) != size:
+            raise UserError(
+                f"The prior of the choice {label!r} has {len(probabilities)} probabilities, but "
+                + (f"it has {size} candidates." if size else "there is no such choice in this space.")
+            )
+        if min(probabilities) < 0 or not sum(probabilities) > 0:
+            raise UserError(
+                f"The prior of the choice {label!r} is {list(probabilities)}, but probabilities are not negative "
+                "and not all 0."
+            )
+    even = {label: [1.0] * len(values) for label, values in space.values.items()}
+    rows = [given.get(label, even[label]) for label in space.labels]
+    return [[p / sum(row) for p in row] for row in rows]
 
 
 def activate(modules: Iterable[BaseSuperNetModule], sample: Mapping[str, Any]) -> None:

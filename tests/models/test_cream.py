@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -34,12 +33,6 @@ from tests.reference import apply_rule, golden, standard_normal, use_exact_gates
 
 REFERENCE: dict[str, Any] = golden("cream/a_childnets.json")
 NETWORKS = [pytest.param(f"cream_{name}", row, id=name) for name, row in REFERENCE["published"].items()]
-
-
-@pytest.fixture
-def on_meta() -> Iterator[None]:
-    with torch.device("meta"):
-        yield
 
 
 def parameters(network: nn.Module) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -20,20 +19,14 @@ from torch import Tensor, nn
 import nni_cream  # noqa: F401 (registers the networks)
 from nni_cream.child import create_timm_model, read_network, save_network
 from nni_cream.errors import UserError
-from nni_cream.models import cream, darts
+from nni_cream.models import cream, darts_published
 
-NAMES = [*cream.PUBLISHED, *darts.PUBLISHED]
+NAMES = [*cream.PUBLISHED, *darts_published.PUBLISHED]
 
 
 def reduction(name: str) -> int:
     """How many times smaller than the image the last features are."""
     return 4 if name.endswith("cifar10") else 32
-
-
-@pytest.fixture
-def on_meta() -> Iterator[None]:
-    with torch.device("meta"):
-        yield
 
 
 @cache
@@ -117,7 +110,7 @@ class TestConfiguration:
             assert sorted(member for members in groups.values() for member in members) == sorted(parameters)
             # What matches no pattern is in the last group: only the head may be.
             heads = {member.split(".")[0] for member in groups[max(groups)]}
-            assert heads == ({"classifier"} if name in darts.PUBLISHED else {"conv_head", "classifier"})
+            assert heads == ({"classifier"} if name in darts_published.PUBLISHED else {"conv_head", "classifier"})
             assert all(member.startswith(("conv_stem", "bn1", "stem")) for member in groups[0])
             depths = {member: depth for depth, members in groups.items() for member in members}
             assert [depths[name] for name in parameters] == sorted(depths.values())

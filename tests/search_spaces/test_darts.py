@@ -23,6 +23,7 @@ from nni_cream.strategies.darts import DartsStrategy
 from nni_cream.supernet.fused_cell import FusedCell
 from nni_cream.supernet.mixed_cell import DiscreteCell, MixedCell
 from search_spaces.darts import DartsCell, DartsSpace
+from tests.darts_reference import space_of
 from tests.reference import golden, run_through
 
 FILES: dict[str, Any] = {name: golden(f"darts/{name}") for name in ("search_2_nodes.json", "search_4_nodes.json")}
@@ -53,14 +54,7 @@ class TestPublishedNetworks:
     @pytest.mark.parametrize("name", FILES)
     def test_state(self, name: str) -> None:
         data = FILES[name]
-        network = data["network"]
-        space = DartsSpace(
-            network["num_classes"],
-            channels=network["C"],
-            cells=network["layers"],
-            nodes=network["steps"],
-            concat=network["multiplier"],
-        )
+        space = space_of(data["network"])
         # Another name for an edge, but the same order and the same ends.
         shapes = [(key.split(".")[-1], list(tensor.shape)) for key, tensor in space.state_dict().items()]
         assert shapes == [(key.split(".")[-1], shape) for key, shape in data["state_dict"]]

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import subprocess
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import nni
@@ -14,7 +12,6 @@ import nni.nas.nn.pytorch as nas
 import pytest
 import torch
 from nni.nas.evaluator.pytorch import Classification, DataLoader
-from nni.nas.experiment import NasExperiment
 from nni.nas.space import RawFormatModelSpace
 from nni.nas.strategy import CreamStrategy, DartsStrategy
 from torch import Tensor, nn
@@ -22,6 +19,7 @@ from torch.utils.data import TensorDataset
 
 import nni_cream
 from nni_cream.errors import UserError
+from tests.trainers import QUIET
 
 CLASSES = 3
 
@@ -78,32 +76,14 @@ def evaluator() -> Any:
         train_dataloaders=DataLoader(data, batch_size=16, shuffle=True),
         val_dataloaders=DataLoader(data, batch_size=16),
         max_epochs=3,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
+        **QUIET,
     )
 
 
 @pytest.fixture
-def experiment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
-    """Run ``NasExperiment(space, evaluator, strategy).run()``, and give the experiment."""
-    import nni.nas.experiment.experiment as experiments
-
-    # NNI keeps a list of experiments in the home directory, and knows that directory since it was imported.
-    monkeypatch.setattr(experiments, "Experiments", functools.partial(experiments.Experiments, str(tmp_path)))
-
-    def run(space: nas.ModelSpace, strategy: Any) -> Any:
-        made = NasExperiment(space, evaluator(), strategy)
-        made.config.experiment_working_directory = str(tmp_path)
-        try:
-            made.run()
-        finally:
-            made.stop()
-        return made
-
-    return run
+def experiment(nas_experiment: Callable[..., Any]) -> Callable[..., Any]:
+    """Run an experiment of NNI's with our data, and give it."""
+    return lambda space, strategy: nas_experiment(space, evaluator(), strategy)
 
 
 @pytest.mark.parametrize(

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +17,9 @@ from nni_cream.child import Child, build_network
 from nni_cream.cost import measure_network
 from nni_cream.seeds import Spread
 from tests.trials.commands import call
+from tests.trials.processes import trial
 
-TIMEOUT = 300
 PATH = "[[0], [1], [3], [4, 0], [2], [3], [0]]"
-
-
-def trial(repository: Path, folder: Path, name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    full = [sys.executable, str(repository / "trials" / name), *map(str, arguments)]
-    return subprocess.run(full, cwd=folder, capture_output=True, text=True, timeout=TIMEOUT, check=False)
 
 
 def settings(**given: object) -> list[str]:
@@ -57,7 +50,7 @@ def test_the_recipe_of_the_paper_trains_a_path(repository: Path, tmp_path: Path,
     smaller = settings(data__folder=photographs, data__resolution=32, data__batch_size=8, data__workers=0, epochs=4)
     recipe = repository / "experiments/recipes/retrain_cream_imagenet.yml"
     arguments = ["--recipe", recipe, "--architecture", PATH, "--name", "paper", *smaller]
-    result = trial(repository, tmp_path, "retrain_child.py", *arguments, *settings(data__validation_fraction=0.2))
+    result = trial(tmp_path, "retrain_child.py", *arguments, *settings(data__validation_fraction=0.2))
     assert result.returncode == 0, result.stderr
     stored = read(tmp_path / "runs/paper/result.json")
     assert stored["network"] == PATH
@@ -75,7 +68,7 @@ def test_a_folder_is_trained_on_with_several_seeds(repository: Path, tmp_path: P
     smaller = settings(data__folder=photographs / "train", data__batch_size=8, epochs=3, mixing__off_epoch=2)
     smaller += settings(schedule__warmup_epochs=1, data__workers=0, data__validation_fraction=0.2)
     arguments = ["--recipe", recipe, "--architecture", PATH, "--name", "mine", *smaller]
-    result = trial(repository, tmp_path, "retrain_child.py", *arguments, "--seeds", 1, 0)
+    result = trial(tmp_path, "retrain_child.py", *arguments, "--seeds", 1, 0)
     assert result.returncode == 0, result.stderr
     folder = tmp_path / "runs/mine"
     stored = {seed: read(folder / f"seed{seed}/result.json") for seed in (1, 0)}
@@ -86,17 +79,17 @@ def test_a_folder_is_trained_on_with_several_seeds(repository: Path, tmp_path: P
 
     # The same command trains nothing, and says the same.
     files = {file: file.stat().st_mtime_ns for file in folder.glob("seed*/*.safetensors")}
-    again = trial(repository, tmp_path, "retrain_child.py", *arguments, "--seeds", 1, 0)
+    again = trial(tmp_path, "retrain_child.py", *arguments, "--seeds", 1, 0)
     assert again.stdout.splitlines()[-1] == result.stdout.splitlines()[-1]
     assert again.stdout.count("holds a training that has ended") == 2
     assert {file: file.stat().st_mtime_ns for file in files} == files
-    one = trial(repository, tmp_path, "retrain_child.py", *arguments, "--seeds", 0)
+    one = trial(tmp_path, "retrain_child.py", *arguments, "--seeds", 0)
     assert one.stdout.splitlines()[-1] == f"test accuracy: {stored[0]['test_accuracy']:.4f} (1 seed)"
 
     # Either weights are tested by the command for that.
     for choice, key in (("ema", "test_accuracy"), ("plain", "test_plain_accuracy")):
         checkpoint = ["--checkpoint", "runs/mine/seed1/model.safetensors", "--weights", choice]
-        tested = trial(repository, tmp_path, "test_child.py", *checkpoint)
+        tested = trial(tmp_path, "test_child.py", *checkpoint)
         assert f"top-1:     {stored[1][key]:.4f}" in tested.stdout.splitlines(), tested.stderr
 
 
@@ -106,7 +99,6 @@ def test_the_recipe_for_solar_cells_trains(repository: Path, tmp_path: Path) -> 
     recipe = repository / "experiments/recipes/retrain_elpv.yml"
     smaller = settings(epochs=1, schedule__warmup_epochs=0, data__resolution=16)
     result = trial(
-        repository,
         tmp_path,
         "retrain_child.py",
         "--recipe",
@@ -133,7 +125,7 @@ def test_a_child_is_compared(repository: Path, tmp_path: Path) -> None:
     (tmp_path / "runs/tiny/recipe.yml").write_text(search.read_text())
     arguments = ["--seeds", 0, "--random", 1, "--networks", "cream_14"]
     arguments += settings(epochs=1, schedule__warmup_epochs=0, data__batch_size=64)
-    result = trial(repository, tmp_path, "compare.py", *arguments)
+    result = trial(tmp_path, "compare.py", *arguments)
     assert result.returncode == 0, result.stderr
     folder = tmp_path / "runs/compare-tiny"
     assert result.stdout.endswith((folder / "comparison.md").read_text())
@@ -142,7 +134,7 @@ def test_a_child_is_compared(repository: Path, tmp_path: Path) -> None:
     interval = yaml.safe_load(search.read_text())["flops"]
     assert interval["min"] <= rows["random"]["flops"] / 1e6 <= interval["max"]
     assert (rows["found by the search"]["flops"], rows["found by the search"]["params"]) == (cost.macs, cost.params)
-    again = trial(repository, tmp_path, "compare.py", *arguments)
+    again = trial(tmp_path, "compare.py", *arguments)
     assert again.stdout.splitlines()[-5:] == result.stdout.splitlines()[-5:]
     assert again.stdout.count("holds a training that has ended") == 3
 

@@ -10,7 +10,6 @@ import os
 import pty
 import runpy
 import shutil
-import signal
 import struct
 import subprocess
 import sys
@@ -26,20 +25,14 @@ from torch import Tensor
 
 from nni_cream.data import load_data
 from nni_cream.evaluate import load_checkpoint
+from tests.trials.processes import command, epochs, kill_in_epoch, trial
 
 pytestmark = pytest.mark.slow
-
-TIMEOUT = 300
-
-
-def command(repository: Path, trial: str, *arguments: str) -> list[str]:
-    return [sys.executable, str(repository / "trials" / trial), *arguments]
 
 
 def search(repository: Path, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     recipe = repository / "tests/experiments/tiny_recipe.yml"
-    full = command(repository, "search_cream.py", "--recipe", str(recipe), *arguments)
-    return subprocess.run(full, cwd=folder, capture_output=True, text=True, timeout=TIMEOUT, check=False)
+    return trial(folder, "search_cream.py", "--recipe", recipe, *arguments)
 
 
 @pytest.fixture(scope="module")
@@ -70,11 +63,6 @@ def inherited(checkpoint: Path, path: list[list[int]]) -> dict[str, Tensor]:
         if key:
             weights[".".join(parts)] = tensor
     return weights
-
-
-def epochs(file: Path) -> list[int]:
-    with file.open(encoding="utf-8") as lines:
-        return [int(row["epoch"]) for row in csv.DictReader(lines)]
 
 
 def test_a_search_leaves_everything_in_its_run_directory(searched: Path) -> None:
@@ -146,7 +134,7 @@ def test_a_person_at_a_terminal_sees_a_progress_bar_and_no_lines(repository: Pat
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 150, 0, 0))
     recipe = repository / "tests/experiments/tiny_recipe.yml"
-    full = command(repository, "search_cream.py", "--recipe", str(recipe))
+    full = command("search_cream.py", "--recipe", recipe)
     with subprocess.Popen(full, cwd=tmp_path, stdout=theirs, stderr=theirs) as process:
         os.close(theirs)
         seen = b""
@@ -162,13 +150,7 @@ def test_a_person_at_a_terminal_sees_a_progress_bar_and_no_lines(repository: Pat
 
 def test_a_killed_search_goes_on_where_it_was(repository: Path, tmp_path: Path) -> None:
     recipe = repository / "tests/experiments/tiny_recipe.yml"
-    full = command(repository, "search_cream.py", "--recipe", str(recipe), "--set", "epochs=4")
-    with subprocess.Popen(full, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
-        assert process.stdout is not None
-        for line in process.stdout:
-            if line.startswith("epoch 3"):
-                process.send_signal(signal.SIGKILL)
-                break
+    kill_in_epoch(3, tmp_path, "search_cream.py", "--recipe", recipe, "--set", "epochs=4")
     metrics = tmp_path / "runs/tiny/metrics.csv"
     assert epochs(metrics) == [1, 2, 3]
     result = search(repository, tmp_path, "--set", "epochs=4")
@@ -206,9 +188,8 @@ def test_further_operations_and_depth_are_searched_and_retrained(repository: Pat
     depth = blocks_of_the_supernet(run / "checkpoints/last.ckpt")
     assert any(sum(map(len, path)) < depth for path in architectures)  # blocks have been left out
 
-    full = command(repository, "retrain_child.py", "--set", "epochs=1", "--set", "inherit_weights=true")
-    full += ["--set", "schedule.warmup_epochs=0"]
-    result = subprocess.run(full, cwd=tmp_path, capture_output=True, text=True, timeout=TIMEOUT, check=False)
+    words = ["--set", "epochs=1", "--set", "inherit_weights=true", "--set", "schedule.warmup_epochs=0"]
+    result = trial(tmp_path, "retrain_child.py", *words)
     assert result.returncode == 0, result.stderr
     stored = json.loads((tmp_path / "runs/retrain-tiny/result.json").read_text())
     assert (stored["flops"], stored["params"]) == (child["flops"], child["params"])
@@ -226,9 +207,8 @@ def test_the_recipe_of_the_paper_runs_on_a_small_imagenet(repository: Path, tmp_
     recipe = repository / "experiments/recipes/cream_imagenet.yml"
     smaller = [f"data.folder={tmp_path / 'imagenet'}", "data.batch_size=8", "data.workers=0", "optimizer.lr=0.01"]
     smaller += ["epochs=2", "cream.warmup_epochs=1", "cream.meta_interval=2", "cream.board_size=2"]
-    full = command(repository, "search_cream.py", "--recipe", str(recipe))
-    full += [part for option in smaller for part in ("--set", option)]
-    result = subprocess.run(full, cwd=tmp_path, capture_output=True, text=True, timeout=TIMEOUT, check=False)
+    words = [part for option in smaller for part in ("--set", option)]
+    result = trial(tmp_path, "search_cream.py", "--recipe", recipe, *words)
     assert result.returncode == 0, result.stderr
     child = json.loads((tmp_path / "runs/cream_imagenet/child.json").read_text())
     assert child["num_classes"] == 3
@@ -238,12 +218,12 @@ def test_the_recipe_of_the_paper_runs_on_a_small_imagenet(repository: Path, tmp_
 
 
 @pytest.mark.parametrize("inherit", ["false", "true"])
-def test_retraining_takes_the_newest_search(repository: Path, searched: Path, inherit: str) -> None:
+def test_retraining_takes_the_newest_search(searched: Path, inherit: str) -> None:
     recipe = searched / "retrain.yml"
     recipe.write_text(f"name: again\nepochs: 2\ninherit_weights: {inherit}\noptimizer: {{lr: 0.02}}\n")
     name = f"retrained-{inherit}"
-    full = command(repository, "retrain_child.py", "--recipe", str(recipe), "--name", name)
-    result = subprocess.run(full, cwd=searched, capture_output=True, text=True, timeout=TIMEOUT, check=False)
+    words = ("--recipe", recipe, "--name", name)
+    result = trial(searched, "retrain_child.py", *words)
     assert result.returncode == 0, result.stderr
     run = searched / "runs" / name
     stored = json.loads((run / "result.json").read_text())
@@ -256,16 +236,15 @@ def test_retraining_takes_the_newest_search(repository: Path, searched: Path, in
 
     # As if it had been killed after the last epoch: nothing is left to train, and the result is the same.
     (run / "result.json").unlink()
-    again = subprocess.run(full, cwd=searched, capture_output=True, text=True, timeout=TIMEOUT, check=False)
+    again = trial(searched, "retrain_child.py", *words)
     assert again.returncode == 0, again.stderr
     assert json.loads((run / "result.json").read_text()) == stored
     assert epochs(run / "metrics.csv") == [1, 2]
 
 
-def test_retraining_without_a_search_says_so_and_trains_the_published_network(repository: Path, tmp_path: Path) -> None:
-    full = command(repository, "retrain_child.py", "--set", "epochs=1", "--set", "data.name=digits")
-    full += ["--set", "schedule.warmup_epochs=0"]
-    result = subprocess.run(full, cwd=tmp_path, capture_output=True, text=True, timeout=TIMEOUT, check=False)
+def test_retraining_without_a_search_says_so_and_trains_the_published_network(tmp_path: Path) -> None:
+    words = ["--set", "epochs=1", "--set", "data.name=digits", "--set", "schedule.warmup_epochs=0"]
+    result = trial(tmp_path, "retrain_child.py", *words)
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith("No search has run yet")
     assert json.loads((tmp_path / "runs/retrain-cream_14/result.json").read_text())["network"] == "cream_14"
@@ -279,9 +258,8 @@ def test_retraining_without_a_search_says_so_and_trains_the_published_network(re
         ("cream_41", "timm has no network 'cream_41'; did you mean"),
     ],
 )
-def test_an_architecture_that_is_none_is_refused(repository: Path, tmp_path: Path, text: str, sentence: str) -> None:
-    full = command(repository, "retrain_child.py", "--set", "data.name=digits", "--architecture", text)
-    result = subprocess.run(full, cwd=tmp_path, capture_output=True, text=True, timeout=TIMEOUT, check=False)
+def test_an_architecture_that_is_none_is_refused(tmp_path: Path, text: str, sentence: str) -> None:
+    result = trial(tmp_path, "retrain_child.py", "--set", "data.name=digits", "--architecture", text)
     assert result.returncode == 2
     assert result.stderr.splitlines()[-1].startswith("error: ")
     assert sentence in result.stderr.splitlines()[-1]
@@ -289,11 +267,10 @@ def test_an_architecture_that_is_none_is_refused(repository: Path, tmp_path: Pat
     assert not list(tmp_path.iterdir())
 
 
-def test_an_architecture_is_retrained_by_its_text(repository: Path, tmp_path: Path) -> None:
+def test_an_architecture_is_retrained_by_its_text(tmp_path: Path) -> None:
     path = "[[0], [0], [3], [4, 0], [2], [3], [0]]"
-    full = command(repository, "retrain_child.py", "--set", "data.name=digits", "--architecture", path)
-    full += ["--set", "epochs=1", "--set", "schedule.warmup_epochs=0"]
-    result = subprocess.run(full, cwd=tmp_path, capture_output=True, text=True, timeout=TIMEOUT, check=False)
+    words = ["--set", "data.name=digits", "--set", "epochs=1", "--set", "schedule.warmup_epochs=0"]
+    result = trial(tmp_path, "retrain_child.py", "--architecture", path, *words)
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith(f"Training {path}.")
     assert json.loads((tmp_path / "runs/retrain-architecture/result.json").read_text())["network"] == path
@@ -315,7 +292,7 @@ ONLY_THE_DEAREST = ("cream.prior=[0, 0, 0, 0, 0, 1]", "flops.max=2.6")
 
 
 @pytest.mark.parametrize(
-    ("trial", "settings", "expected"),
+    ("name", "settings", "expected"),
     [
         ("search_cream.py", ("data.name=folder", "data.folder=/nowhere"), "/nowhere"),
         ("search_cream.py", ("flops.min=40", "flops.max=50"), "No network costs 40 M to 50 M multiply-accumulates"),
@@ -338,18 +315,18 @@ def test_a_start_that_fails_does_not_claim_the_folder(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-    trial: str,
+    name: str,
     settings: tuple[str, ...],
     expected: str,
 ) -> None:
     options = [f"--set={setting}" for setting in ("data.name=digits", *settings)]
-    if trial == "search_cream.py":
+    if name == "search_cream.py":
         options += ["--recipe", str(repository / "tests/experiments/tiny_recipe.yml")]
-    monkeypatch.setattr(sys, "argv", [trial, *options])
+    monkeypatch.setattr(sys, "argv", [name, *options])
     monkeypatch.setattr(sys, "path", [*sys.path])
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as caught:
-        runpy.run_path(str(repository / "trials" / trial), run_name="__main__")
+        runpy.run_path(str(repository / "trials" / name), run_name="__main__")
     assert caught.value.code == 2
     stderr = capsys.readouterr().err
     assert stderr.splitlines()[-1].startswith("error: ")
@@ -358,10 +335,9 @@ def test_a_start_that_fails_does_not_claim_the_folder(
     assert not list(tmp_path.iterdir())
 
 
-def test_retraining_refuses_what_is_not_there(repository: Path, tmp_path: Path) -> None:
+def test_retraining_refuses_what_is_not_there(tmp_path: Path) -> None:
     for extra in (["--child", "nowhere.json"], ["--set", "inherit_weights=true"]):
-        full = command(repository, "retrain_child.py", "--set", "data.name=digits", *extra)
-        result = subprocess.run(full, cwd=tmp_path, capture_output=True, text=True, timeout=TIMEOUT, check=False)
+        result = trial(tmp_path, "retrain_child.py", "--set", "data.name=digits", *extra)
         assert result.returncode == 2
         assert result.stderr.splitlines()[-1].startswith("error: ")
         assert "Traceback" not in result.stderr

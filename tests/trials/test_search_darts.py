@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import runpy
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -17,8 +15,8 @@ import yaml
 from nni_cream.child import Child, build_network
 from nni_cream.genotype import Genotype
 from nni_cream.recipe import RetrainRecipe, load_recipe
+from tests.trials.processes import epochs, kill_in_epoch, trial
 
-TIMEOUT = 300
 # 144 images for the weights, at 8 pixels.
 TINY: dict[str, Any] = {
     "name": "tiny",
@@ -43,18 +41,8 @@ def recipe(tmp_path: Path) -> Path:
     return file
 
 
-def command(repository: Path, *arguments: str) -> list[str]:
-    return [sys.executable, str(repository / "trials" / "search_darts.py"), *arguments]
-
-
-def run(repository: Path, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    full = command(repository, *arguments)
-    return subprocess.run(full, cwd=folder, capture_output=True, text=True, timeout=TIMEOUT, check=False)
-
-
-def epochs(file: Path) -> list[int]:
-    with file.open(encoding="utf-8") as lines:
-        return [int(row["epoch"]) for row in csv.DictReader(lines)]
+def run(folder: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
+    return trial(folder, "search_darts.py", *arguments)
 
 
 @pytest.mark.parametrize(
@@ -89,8 +77,8 @@ def test_a_wrong_setting_ends_in_one_sentence_and_writes_nothing(
     assert list(tmp_path.iterdir()) == [recipe]
 
 
-def test_a_misspelt_key_as_a_user_meets_it(repository: Path, tmp_path: Path, recipe: Path) -> None:
-    result = run(repository, tmp_path, "--recipe", str(recipe), "--set", "darts.oder=first")
+def test_a_misspelt_key_as_a_user_meets_it(tmp_path: Path, recipe: Path) -> None:
+    result = run(tmp_path, "--recipe", str(recipe), "--set", "darts.oder=first")
     assert (result.returncode, result.stdout) == (2, "")
     wrong = "'darts.oder' is not a setting; did you mean 'darts.order'?"
     assert result.stderr == f"error: {wrong}\n"
@@ -100,17 +88,11 @@ def test_a_misspelt_key_as_a_user_meets_it(repository: Path, tmp_path: Path, rec
 @pytest.mark.slow
 def test_a_killed_search_goes_on_and_its_child_is_trained(repository: Path, tmp_path: Path, recipe: Path) -> None:
     arguments = ("--recipe", str(recipe), "--set", "epochs=5")
-    full = command(repository, *arguments)
-    with subprocess.Popen(full, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
-        assert process.stdout is not None
-        for line in process.stdout:
-            if line.startswith("epoch 3"):
-                process.send_signal(signal.SIGKILL)
-                break
+    kill_in_epoch(3, tmp_path, "search_darts.py", *arguments)
     folder = tmp_path / "runs/tiny"
     assert epochs(folder / "metrics.csv") == [1, 2, 3]
     assert not (folder / "child.json").exists()
-    result = run(repository, tmp_path, *arguments)
+    result = run(tmp_path, *arguments)
     assert result.returncode == 0, result.stderr
     assert "epoch 1," not in result.stdout
     assert epochs(folder / "metrics.csv") == [1, 2, 3, 4, 5]
@@ -119,18 +101,16 @@ def test_a_killed_search_goes_on_and_its_child_is_trained(repository: Path, tmp_
     assert f"genotype:  {child.architecture}\n" in result.stdout
 
     before = (folder / "child.json").read_bytes()
-    again = run(repository, tmp_path, *arguments)
+    again = run(tmp_path, *arguments)
     assert (again.returncode, (folder / "child.json").read_bytes()) == (0, before)
     assert "has ended" in again.stdout
-    other = run(repository, tmp_path, *arguments, "--set", "seed=7")
+    other = run(tmp_path, *arguments, "--set", "seed=7")
     assert other.returncode == 2
     assert "--name" in other.stderr
 
     # Without a recipe, the one for genotypes is taken.
     smaller = ("epochs=1", "schedule.warmup_epochs=0", "darts.channels=4")
-    full = [sys.executable, str(repository / "trials/retrain_child.py")]
-    full += [part for setting in smaller for part in ("--set", setting)]
-    trained = subprocess.run(full, cwd=tmp_path, capture_output=True, text=True, timeout=TIMEOUT, check=False)
+    trained = trial(tmp_path, "retrain_child.py", *(part for setting in smaller for part in ("--set", setting)))
     assert trained.returncode == 0, trained.stderr
     assert "Training the child of runs/tiny/child.json." in trained.stdout.splitlines()
     stored = json.loads((tmp_path / "runs/retrain-tiny/result.json").read_text())

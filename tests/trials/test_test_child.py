@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +14,7 @@ import torch
 
 import nni_cream  # noqa: F401 (registers the networks)
 from nni_cream.data import load_data
-
-TIMEOUT = 300
-
-
-def trial(repository: Path, folder: Path, name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    full = [sys.executable, str(repository / "trials" / name), *arguments]
-    return subprocess.run(full, cwd=folder, capture_output=True, text=True, timeout=TIMEOUT, check=False)
+from tests.trials.processes import trial
 
 
 def shown(result: subprocess.CompletedProcess[str]) -> dict[str, str]:
@@ -51,7 +44,7 @@ def trained(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("search_cream.py", "--recipe", str(repository / "tests/experiments/tiny_recipe.yml")),
         ("retrain_child.py", *one_epoch, "--set", "data.augmentation.interpolation=bicubic"),
     ):
-        result = trial(repository, folder, name, *arguments)
+        result = trial(folder, name, *arguments)
         assert result.returncode == 0, result.stderr
     return folder
 
@@ -77,12 +70,12 @@ def test_the_result_of_a_training_comes_back_exactly(trained: Path, name: str, m
 
 
 @pytest.mark.slow
-def test_without_arguments_the_newest_training_is_tested(repository: Path, trained: Path) -> None:
+def test_without_arguments_the_newest_training_is_tested(trained: Path) -> None:
     for time, name in enumerate(("retrain-tiny", "retrain-cream_14"), start=2_000_000_000):
         stored = result_of(trained / "runs" / name)
         os.utime(trained / "runs" / name / "model.safetensors", (time, time))
         before = files(trained)
-        result = trial(repository, trained, "test_child.py")
+        result = trial(trained, "test_child.py")
         assert files(trained) == before
         assert result.stdout.startswith(f"Testing runs/{name}/model.safetensors.\n")
         assert shown(result) == {
@@ -97,15 +90,15 @@ def test_without_arguments_the_newest_training_is_tested(repository: Path, train
 
 @pytest.mark.slow
 @pytest.mark.parametrize("file", ["child.json", "child.safetensors"])
-def test_the_child_of_a_search_is_tested_with_inherited_weights(repository: Path, trained: Path, file: str) -> None:
+def test_the_child_of_a_search_is_tested_with_inherited_weights(trained: Path, file: str) -> None:
     child = json.loads((trained / "runs/tiny/child.json").read_text())
-    result = shown(trial(repository, trained, "test_child.py", "--checkpoint", f"runs/tiny/{file}"))
+    result = shown(trial(trained, "test_child.py", "--checkpoint", f"runs/tiny/{file}"))
     assert result["network"] == str(child["path"]).replace(" ", "")
     assert result["FLOPs"] == f"{child['flops'] / 1e6:.2f}Mmultiply-accumulates"
 
 
 @pytest.mark.slow
-def test_a_foreign_checkpoint_is_tested_with_either_weights(repository: Path, tmp_path: Path) -> None:
+def test_a_foreign_checkpoint_is_tested_with_either_weights(tmp_path: Path) -> None:
     torch.manual_seed(0)
     network = timm.create_model("cream_14", num_classes=10).eval()
     always = {}
@@ -118,30 +111,30 @@ def test_a_foreign_checkpoint_is_tested_with_either_weights(repository: Path, tm
     labels = load_data("digits", resolution=64).test.labels.tolist()
     arguments = ["--checkpoint", "14.pth.tar", "--model", "cream_14", "--set", "data.name=digits"]
     for extra, digit in (([], 8), (["--weights", "plain"], 3)):
-        result = shown(trial(repository, tmp_path, "test_child.py", *arguments, *extra))
+        result = shown(trial(tmp_path, "test_child.py", *arguments, *extra))
         assert result["top-1"] == f"{labels.count(digit) / len(labels):.4f}"
         assert result["images"] == f"{len(labels)}of64×64pixels,thetestpartofdigits"
-    assert "--setdata.name=" in refusal(trial(repository, tmp_path, "test_child.py", *arguments[:4])).replace(" ", "")
+    assert "--setdata.name=" in refusal(trial(tmp_path, "test_child.py", *arguments[:4])).replace(" ", "")
     assert [path.name for path in tmp_path.iterdir()] == ["14.pth.tar"]
 
 
 class TestRefusals:
-    def test_where_nothing_was_trained(self, repository: Path, tmp_path: Path) -> None:
-        result = trial(repository, tmp_path, "test_child.py")
+    def test_where_nothing_was_trained(self, tmp_path: Path) -> None:
+        result = trial(tmp_path, "test_child.py")
         assert "No training has ended yet" in refusal(result)
         assert (result.stdout, list(tmp_path.iterdir())) == ("", [])
 
-    def test_of_settings_that_only_a_training_has(self, repository: Path, tmp_path: Path) -> None:
-        result = trial(repository, tmp_path, "test_child.py", "--set", "optimizer.lr=0.1")
+    def test_of_settings_that_only_a_training_has(self, tmp_path: Path) -> None:
+        result = trial(tmp_path, "test_child.py", "--set", "optimizer.lr=0.1")
         assert "'optimizer.lr' is not a setting" in refusal(result)
 
-    def test_of_a_checkpoint_that_is_not_there(self, repository: Path, tmp_path: Path) -> None:
-        result = trial(repository, tmp_path, "test_child.py", "--checkpoint", "none.pth")
+    def test_of_a_checkpoint_that_is_not_there(self, tmp_path: Path) -> None:
+        result = trial(tmp_path, "test_child.py", "--checkpoint", "none.pth")
         assert refusal(result) == "error: There is no checkpoint none.pth."
 
 
-def test_the_help_names_no_option_of_a_run(repository: Path, tmp_path: Path) -> None:
-    text = trial(repository, tmp_path, "test_child.py", "--help").stdout
+def test_the_help_names_no_option_of_a_run(tmp_path: Path) -> None:
+    text = trial(tmp_path, "test_child.py", "--help").stdout
     assert all(option in text for option in ("--checkpoint", "--model", "--weights", "--recipe", "--set"))
     assert "--name" not in text
     assert "--output" not in text

@@ -1,0 +1,187 @@
+"""DartsStrategy among NNI's: evaluators, experiments, hooks, precisions, imports, and what it refuses."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import nni
+import nni.nas.nn.pytorch as nas
+import pytest
+import torch
+from nni.nas.evaluator import FunctionalEvaluator
+from nni.nas.evaluator.pytorch import Classification, DataLoader
+from nni.nas.execution import SequentialExecutionEngine
+from nni.nas.space import RawFormatModelSpace
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+
+from nni_cream.errors import UserError
+from nni_cream.genotype import Genotype
+from nni_cream.strategies.darts import DartsStrategy
+from tests.strategies.darts.forcing import genotype_of
+from tests.strategies.darts.searches import (
+    ALPHA_BATCH,
+    CLASSES,
+    FOR_ALPHA,
+    HELD_OUT,
+    LEARNING_RATE,
+    TRAIN_BATCH,
+    TRAINING,
+    Search,
+    Space,
+    cells,
+    cheap,
+    differs,
+)
+from tests.strategies.running import SMALL_RUNS
+from tests.trainers import QUIET
+
+pytestmark = SMALL_RUNS
+
+
+def test_no_epochs_no_result() -> None:
+    search = Search(epochs=0).run()
+    assert not search.reports
+    assert not search.final
+
+
+def test_hooks_of_the_user_come_first() -> None:
+    seen: list[str] = []
+
+    def keep(module: nn.Module, name: str, memo: Any, arguments: Any) -> bool:
+        seen.append(name)
+        return name.startswith("first")
+
+    search = Search(epochs=1, mutation_hooks=[keep])
+    supernet = search.strategy.mutate_model(Space())
+    assert {"stem", "first", "second"} <= set(seen)
+    assert type(supernet.first) is nas.LayerChoice
+    assert type(supernet.second) is not nas.LayerChoice
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "64-true"])
+def test_other_precisions(precision: str) -> None:
+    torch.set_default_dtype(torch.float32)
+    images, labels = TRAINING.tensors
+    loader = DataLoader(TensorDataset(images.float(), labels), batch_size=TRAIN_BATCH)
+    for hypergradient in ("exact", "finite_difference"):
+        search = Search(
+            training=loader,
+            for_alpha=loader,
+            epochs=1,
+            trainer={"precision": precision},
+            hypergradient=hypergradient,
+            flops_target=cheap(),
+            eigenvalue="track",
+        ).run()
+        assert differs(search.steps[0].alphas, search.alphas)
+        assert all(torch.isfinite(parameter).all() for parameter in search.module.parameters())
+        assert all(value == value for value in search.reports[0].values())
+
+
+class WithMutable(nas.ModelSpace):
+    def __init__(self, mutable: Callable[[], Any]) -> None:
+        super().__init__()
+        self.layer = nas.LayerChoice([nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 3, padding=1)], label="fine")
+        self.odd = mutable()
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.odd(self.layer(images)).mean((2, 3))
+
+
+class TestUserErrors:
+    @pytest.mark.parametrize(
+        "mutable",
+        [
+            lambda: nas.InputChoice(3, n_chosen=None, label="odd"),
+            lambda: nas.InputChoice(3, n_chosen=1, reduction="concat", label="odd"),
+            lambda: nas.Repeat(nn.Conv2d(3, 3, 1), (1, 3), label="odd"),
+            lambda: nas.MutableConv2d(3, nni.choice("odd", [3, 6]), 1),
+        ],
+        ids=["any number", "concat", "repeat", "value"],
+    )
+    def test_choice_that_cannot_be_relaxed(self, mutable: Callable[[], Any]) -> None:
+        search = Search(lambda: WithMutable(mutable))
+        with pytest.raises(UserError, match=r"'odd'.*cannot be searched by DartsStrategy"):
+            search.run()
+        assert not search.steps
+
+    def test_space_without_choices(self) -> None:
+        class Plain(nas.ModelSpace):
+            def __init__(self) -> None:
+                super().__init__()
+                self.layer = nn.Linear(3, CLASSES)
+
+        with pytest.raises(UserError, match="with choices: there is none"):
+            Search(Plain).run()
+
+    def test_evaluator_that_is_not_lightning(self) -> None:
+        space = RawFormatModelSpace.from_model(Space(), FunctionalEvaluator(len))
+        with pytest.raises(UserError, match="needs a Lightning evaluator, not a FunctionalEvaluator"):
+            DartsStrategy()(space, SequentialExecutionEngine())
+
+    def test_no_validation_images(self) -> None:
+        evaluator = Classification(num_classes=CLASSES, train_dataloaders=DataLoader(TRAINING), **QUIET)
+        with pytest.raises(UserError, match="needs validation images"):
+            DartsStrategy()(RawFormatModelSpace.from_model(Space(), evaluator), SequentialExecutionEngine())
+
+
+def test_nnis_own_evaluator() -> None:
+    """Its own reports are left out: they are of no architecture."""
+    search = Search(epochs=2)
+    search.evaluator = Classification(
+        learning_rate=LEARNING_RATE,
+        optimizer=torch.optim.SGD,
+        num_classes=CLASSES,
+        train_dataloaders=DataLoader(TRAINING, batch_size=TRAIN_BATCH),
+        val_dataloaders=DataLoader(FOR_ALPHA, batch_size=ALPHA_BATCH),
+        **QUIET,
+        num_sanity_val_steps=0,
+        max_epochs=2,
+    )
+    search.run()
+    assert [report["epoch"] for report in search.reports] == [1, 2]
+    assert [final["architecture"] for final in search.final] == [search.module.export()]
+
+
+def test_survives_nnis_serialisation() -> None:
+    strategy = DartsStrategy(order="first", alpha_betas=(0.9, 0.99), skip_limit=2, eigenvalue="rollback")
+    loaded = nni.load(nni.dump(strategy))
+    assert isinstance(loaded, DartsStrategy)
+    assert loaded.settings.order == "first"
+    assert tuple(loaded.settings.alpha_betas) == (0.9, 0.99)
+    assert (loaded.settings.skip_limit, loaded.settings.eigenvalue) == (2, "rollback")
+    assert loaded.settings.radius == strategy.settings.radius
+
+
+def test_a_nas_experiment_runs_it(nas_experiment: Callable[..., Any]) -> None:
+    search = Search(epochs=1)
+    experiment = nas_experiment(cells(), search.evaluator, search.strategy)
+    (sample,) = experiment.export_top_models(formatter="dict")
+    assert Genotype.from_sample(sample) == genotype_of(search.alphas)
+    (network,) = experiment.export_top_models(formatter="instance")
+    assert not any(isinstance(module, nas.LayerChoice | nas.InputChoice) for module in network.modules())
+    images, _ = HELD_OUT.tensors
+    assert network.eval()(images).shape == (len(images), CLASSES)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "program",
+    [
+        "import nni_cream; from nni.nas.strategy import DartsStrategy",
+        "import torch; import nni.nas.strategy; import nni_cream; from nni.nas.strategy import DartsStrategy",
+        # torch imports us while NNI's strategies are half imported.
+        "from nni.nas.strategy import DartsStrategy",
+        "from nni_cream.strategies import DartsStrategy; import nni.nas.strategy as nni; assert nni.DartsStrategy",
+        "from nni.nas.strategy import CreamStrategy, DartsStrategy, DARTS; assert DARTS is not DartsStrategy",
+    ],
+    ids=["before", "after", "first", "itself", "beside others"],
+)
+def test_nni_has_the_strategy_in_either_order_of_imports(program: str) -> None:
+    check = "; assert DartsStrategy.__module__ == 'nni_cream.strategies.darts', DartsStrategy.__module__"
+    result = subprocess.run([sys.executable, "-c", program + check], capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
