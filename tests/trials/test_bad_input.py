@@ -28,10 +28,12 @@ from nni_cream.architecture import CreamPath
 from nni_cream.child import Child, build_network, save_network
 from nni_cream.genotype import PUBLISHED_GENOTYPES
 from tests.conftest import REPOSITORY
+from tests.latency_tables import made_up
 from tests.trials.commands import Began, Ended, call, content
 
 RECIPES = REPOSITORY / "experiments" / "recipes"
 COMMANDS = {
+    "measure_latency": REPOSITORY / "tests" / "experiments" / "tiny_recipe.yml",
     "search_cream": REPOSITORY / "tests" / "experiments" / "tiny_recipe.yml",
     "search_darts": RECIPES / "darts_mnist5k.yml",
     "retrain_child": RECIPES / "retrain_mnist5k.yml",
@@ -131,6 +133,9 @@ SETTINGS = {
         **COMMON,
         "flops.min": NUMBERS | st.floats(min_value=100, max_value=1e300),
         "flops.max": NUMBERS | st.just(0) | st.floats(min_value=0.01, max_value=1),
+        "latency.table": WORDS | st.just("nowhere.json"),
+        "latency.min": NUMBERS | st.floats(min_value=0.01, max_value=1e300),
+        "latency.max": NUMBERS | st.just(0) | st.floats(min_value=0.01, max_value=1e300),
         "space.dil_conv": SWITCHES,
         "space.resunit": WORDS | st.just(["basic", "none"]),
         "cream.board_size": COUNTS,
@@ -188,6 +193,7 @@ SETTINGS = {
 # Settings of which null is a value, as are lists or other words, are written here.
 NULLABLE = re.compile(
     r"augmentation|data\.(resolution|name|folder|batch_size|workers)|concat|threads|clip|skips|eps|decay|off_epoch"
+    r"|latency\.(table|max)"
 )
 
 
@@ -379,7 +385,17 @@ CONFLICTS += [
     ["--set", f"data={{name: folder, folder: images/{kind}}}"] for kind in ("none", "one", "empty", "few", "parts")
 ]
 LINES = {
-    "search_cream": [*EVERYWHERE, *OF_RUNS, *CONFLICTS, ["--set", "flop.max=3"], ["--set", "flops.max=nan"]],
+    "search_cream": [
+        *EVERYWHERE,
+        *OF_RUNS,
+        *CONFLICTS,
+        ["--set", "flop.max=3"],
+        ["--set", "flops.max=nan"],
+        *(["--set", f"latency={{table: {table}, max: 3}}"] for table in ("nowhere", "file", ".", "other/recipe.yml")),
+        *(["--set", f"latency={{table: latency.json, {interval}}}"] for interval in ("max: 0.01", "min: 90, max: 99")),
+        ["--set", "latency={table: latency.json, max: 9}", "--set", "data.resolution=64"],
+        ["--set", "latency={table: latency.json, max: 9}", "--set", "space.dil_conv=true"],
+    ],
     "search_darts": [
         *EVERYWHERE,
         *OF_RUNS,
@@ -421,6 +437,19 @@ LINES = {
         *(["--random", value] for value in ("-1", "x", "1.5")),
         *(["--seeds", *seeds] for seeds in ((), ("x",), ("1", "1"))),
         ["--networks", "resnet18", "resnet18"],
+    ],
+    "measure_latency": [
+        *EVERYWHERE,
+        *(["--batch-size", value] for value in ("0", "-1", "x", "1.5", "20000")),
+        *(["--threads", value] for value in ("0", "x", "100000")),
+        *(["--children", value] for value in ("2", "x", "9999")),
+        *(["--classes", value] for value in ("0", "x")),
+        ["--device", "tpu"],
+        ["--precision", "16-mixed"],
+        ["--output", "other"],
+        ["--output", "file/latency.json"],
+        ["--set", "flops.max=0.01"],
+        ["--set", "data={name: folder, folder: nowhere}"],
     ],
     "make_subimagenet": [
         *([*line] for line in ([], ["a"], ["nowhere", "new"], ["file", "new"], [".", "new"], ["~nobody", "new"])),
@@ -468,6 +497,7 @@ def test_command_lines(place: Path, name: str) -> None:
     (place / "imagenet/train/cat/2.png").write_bytes(b"")
     (place / "bomb.yml").write_text("trialCommand: !!python/object/apply:os.mkdir [executed]\n", encoding="utf-8")
     (place / "twice.yml").write_text("trialCommand: a\nmaxTrialNumber: 1\ntrialCommand: b\n", encoding="utf-8")
+    made_up().save(place / "latency.json")
     make_images(place / "images")
     for line in LINES[name]:
         given: list[object] = []
