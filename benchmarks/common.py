@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import platform
 import shutil
 import statistics
 import subprocess
@@ -19,7 +18,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from nni_cream.runs import describe_environment, read_json, write_json
+from nni_cream.runs import describe_environment, processor_name, read_json, write_json
 
 RESULTS = ROOT / "benchmarks/results"
 # A trainer of Lightning's that does nothing but train.
@@ -115,7 +114,7 @@ def save_result(name: str, content: dict[str, Any], device: str = "cpu") -> Path
     """Write ``content`` into ``benchmarks/results``, with the machine, the versions and the commit."""
     file = result_file(name, device)
     card = {"card": torch.cuda.get_device_name()} if device == "cuda" else {}
-    about = {"device": device, **card, "processor": processor(), "commit": commit()}
+    about = {"device": device, **card, "processor": processor_name(), "commit": commit()}
     write_json(file, {**content, **about, **describe_environment()})
     return file
 
@@ -132,9 +131,3 @@ def commit() -> str:
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-
-
-def processor() -> str:
-    """Return the processor's name."""
-    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.processor())

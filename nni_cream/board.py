@@ -24,6 +24,7 @@ class BoardEntry:
         macs: multiply-accumulates for one image.
         images: [n, 3, R, R], kept for the matching.
         features: [n, classes], what the path itself answered for them (softmax).
+        latency: predicted time in milliseconds for a batch, where the budget is one of time.
     """
 
     path: Path
@@ -31,20 +32,30 @@ class BoardEntry:
     macs: int
     images: Tensor
     features: Tensor
+    latency: float | None = None
 
     @property
-    def rank(self) -> tuple[float, int, Path]:
+    def cost(self) -> float:
+        """What the budget counts."""
+        return self.macs if self.latency is None else self.latency
+
+    @property
+    def rank(self) -> tuple[float, float, Path]:
         """What entries are ordered by; no two entries of a board have the same."""
-        return (self.score, self.macs, self.path)
+        return (self.score, self.cost, self.path)
 
 
 @dataclass(frozen=True)
 class Place:
-    """What is remembered of an entry: its path, its score in percent, and its multiply-accumulates."""
+    """What is remembered of an entry: its path, its score in percent, and what it costs.
+
+    The attributes are those of :class:`BoardEntry`.
+    """
 
     path: Path
     score: float
     macs: int
+    latency: float | None = None
 
 
 class BoardHistory:
@@ -60,7 +71,7 @@ class BoardHistory:
     def remember(self, epoch: int, board: PrioritizedBoard) -> None:
         """Remember the board after ``epoch``; one that is run again takes the place of its first try."""
         self.epochs = {number: places for number, places in self.epochs.items() if number < epoch}
-        self.epochs[epoch] = tuple(Place(entry.path, entry.score, entry.macs) for entry in board.entries)
+        self.epochs[epoch] = tuple(Place(entry.path, entry.score, entry.macs, entry.latency) for entry in board.entries)
 
     def state_dict(self) -> dict[str, Any]:
         """Return plain values, for a checkpoint."""
@@ -93,8 +104,8 @@ class PrioritizedBoard:
     def __contains__(self, path: object) -> bool:
         return any(entry.path == path for entry in self.entries)
 
-    def admits(self, score: float, macs: int) -> bool:
-        """Tell whether a path would be taken in.
+    def admits(self, score: float, cost: float) -> bool:
+        """Tell whether a path would be taken in; its cost is what the budget counts, as :attr:`BoardEntry.cost`.
 
         It is while there is room, when its score beats the worst entry's by more than the gap, or when it beats the
         worst entry and costs less.
@@ -102,7 +113,7 @@ class PrioritizedBoard:
         if len(self.entries) < self.capacity:
             return True
         worst = self.entries[-1]
-        return score > worst.score + self.gap or (score > worst.score and macs < worst.macs)
+        return score > worst.score + self.gap or (score > worst.score and cost < worst.cost)
 
     def add(self, entry: BoardEntry) -> None:
         """Take ``entry`` in; it replaces the entry of the same path, else, if the board is full, the worst one."""

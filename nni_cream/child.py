@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -43,6 +44,10 @@ _FIELDS: Final[dict[str, tuple[Callable[[Any], bool], str]]] = {
     "search": (lambda value: isinstance(value, dict), "a group with the search's name and seed"),
     "runners_up": (lambda value: isinstance(value, list), "a list"),
     "space": (lambda value: isinstance(value, dict), "a group of the space's arguments"),
+    "latency": (
+        lambda value: value is None or (type(value) in (int, float) and 0 <= value < math.inf),
+        "a number of milliseconds",
+    ),
 }
 _SHOWN_CHARACTERS: Final = 100
 _UNTRACKED: Final = ".num_batches_tracked"
@@ -96,6 +101,8 @@ class Child:
         search: name and seed of the search.
         runners_up: the other paths of the board, the best first; none in DARTS.
         space: arguments of the DARTS space that it was found in; empty in Cream, where the path says all.
+        latency: predicted time in milliseconds for a batch, by the latency table of a search whose budget was one of
+            time; None of any other search.
     """
 
     architecture: CreamPath | Genotype
@@ -107,6 +114,12 @@ class Child:
     search: dict[str, Any]
     runners_up: list[dict[str, Any]] = field(default_factory=list)
     space: dict[str, Any] = field(default_factory=dict)
+    latency: float | None = None
+
+    @property
+    def cost(self) -> float:
+        """What the budget of a Cream search counts: multiply-accumulates, or predicted time."""
+        return self.flops if self.latency is None else self.latency
 
     def description(self) -> Description:
         """Describe the network that the search has left."""
@@ -128,6 +141,8 @@ class Child:
         del content["architecture"]
         if not self.space:
             del content["space"]
+        if self.latency is None:
+            del content["latency"]
         key = _KEYS[type(self.architecture)]
         write_json(file, {"format": FORMAT, key: self.architecture.to_json(), **content})
 
@@ -145,9 +160,12 @@ class Child:
         try:
             path = CreamPath.of(other["path"])
             accuracy, flops, params = float(other["accuracy"]), int(other["flops"]), int(other["params"])
+            latency = None if self.latency is None else float(other["latency"])
         except (KeyError, TypeError, ValueError):
-            raise UserError(f"The runner-up {other!r} should have 'path', 'accuracy', 'flops' and 'params'.") from None
-        return replace(self, architecture=path, accuracy=accuracy, flops=flops, params=params)
+            names = "'path', 'accuracy', 'flops' and 'params'"
+            more = "" if self.latency is None else ", and, as the best path has it, 'latency'"
+            raise UserError(f"The runner-up {other!r} should have {names}{more}.") from None
+        return replace(self, architecture=path, accuracy=accuracy, flops=flops, params=params, latency=latency)
 
     @classmethod
     def load(cls, file: Path) -> Child:
@@ -171,6 +189,7 @@ class Child:
             raise _NoChild(f"its 'format' is {_shown(form)}, but should be {FORMAT!r}")
         content.setdefault("runners_up", [])
         content.setdefault("space", {})
+        content.setdefault("latency", None)
         found = [(kind, key) for kind, key in _KEYS.items() if key in content]
         if len(found) != 1:
             raise _NoChild(f"it should have either 'path' or 'genotype', and has {'both' if found else 'neither'}")

@@ -20,6 +20,7 @@ from nni_cream.child import Candidate, Child, create_timm_model
 from nni_cream.cost import measure_network, measure_space
 from nni_cream.errors import UserError
 from nni_cream.genotype import Genotype
+from nni_cream.latency import LatencyTable
 from nni_cream.ranks import is_first
 from nni_cream.recipe import CreamRecipe, DartsSpaceSettings, RetrainRecipe
 from nni_cream.runs import RunDirectory, read_json, write_json, write_text
@@ -75,8 +76,15 @@ class Row:
     test_accuracy: Spread
 
 
-def random_paths(search: CreamRecipe, num_classes: int, number: int, found: CreamPath, seed: int) -> list[CreamPath]:
-    """Draw different paths inside the FLOPs interval of a search, as :func:`random_samples` does.
+def random_paths(
+    search: CreamRecipe,
+    num_classes: int,
+    number: int,
+    found: CreamPath,
+    seed: int,
+    latency: LatencyTable | None = None,
+) -> list[CreamPath]:
+    """Draw different paths inside the interval of a search's budget, as :func:`random_samples` does.
 
     Args:
         search: the recipe of the search.
@@ -84,11 +92,12 @@ def random_paths(search: CreamRecipe, num_classes: int, number: int, found: Crea
         number: how many.
         found: a path that must not be among them.
         seed: of the draws.
+        latency: the table of a search whose budget was one of time.
 
     Raises:
         UserError: if there are hardly so many.
     """
-    drawn = random_samples(search, num_classes, number, seed, found)
+    drawn = random_samples(search, num_classes, number, seed, found, latency)
     if len(drawn) < number:
         raise UserError(
             f"--random is {number}, but among {PATIENCE} draws there are {len(drawn)} different paths besides the one "
@@ -98,9 +107,14 @@ def random_paths(search: CreamRecipe, num_classes: int, number: int, found: Crea
 
 
 def random_samples(
-    search: CreamRecipe, num_classes: int, number: int, seed: int, found: CreamPath | None = None
+    search: CreamRecipe,
+    num_classes: int,
+    number: int,
+    seed: int,
+    found: CreamPath | None = None,
+    latency: LatencyTable | None = None,
 ) -> dict[CreamPath, dict[str, Any]]:
-    """Draw different paths inside the FLOPs interval of a search, from its space, each as likely as any other.
+    """Draw different paths inside the interval of a search's budget, from its space, each as likely as any other.
 
     Args:
         search: the recipe of the search.
@@ -108,6 +122,7 @@ def random_samples(
         number: how many.
         seed: of the draws; a larger number begins with the paths of a smaller one.
         found: a path that must not be among them.
+        latency: the table of a search whose budget was one of time.
 
     Returns:
         Of each path its NNI sample; fewer than ``number`` if :data:`PATIENCE` draws do not give so many.
@@ -119,7 +134,13 @@ def random_samples(
         space = CreamSpace(plan.depths, num_classes, **search.space.model_dump())
     table = measure_space(space, (3, plan.resolution, plan.resolution))
     costs = [[cost.macs for cost in options] for options in table.choices.values()]
-    sampler = PathSampler(costs, table.fixed.macs, search.flops.min * 1e6, search.flops.max * 1e6)
+    if latency is None:
+        sampler = PathSampler(costs, table.fixed.macs, search.flops.min * 1e6, search.flops.max * 1e6)
+    else:
+        assert search.latency.max is not None
+        low, high = search.latency.min, search.latency.max
+        budget = latency.budget(plan.depths, space.operations, space.skip, low, high)
+        sampler = budget.sampler({label: len(options) for label, options in table.choices.items()})
     prior = [[1 / len(options)] * len(options) for options in costs]
     generator = np.random.default_rng(seed)
     drawn: dict[CreamPath, dict[str, Any]] = {}
@@ -180,7 +201,13 @@ def nearest_network(flops: int, resolution: int, names: Sequence[str] = MOBILE) 
 
 
 def line_up(
-    child: Child, search: CreamRecipe | None, resolution: int, number: int, networks: Sequence[str] | None, seed: int
+    child: Child,
+    search: CreamRecipe | None,
+    resolution: int,
+    number: int,
+    networks: Sequence[str] | None,
+    seed: int,
+    latency: LatencyTable | None = None,
 ) -> list[Contestant]:
     """Say who takes part.
 
@@ -191,6 +218,7 @@ def line_up(
         number: how many random networks.
         networks: timm's names of the standard ones; None for the nearest MobileNetV3, and ResNet-18 for reference.
         seed: of the random networks.
+        latency: as of :func:`random_paths`.
 
     Raises:
         UserError: as :func:`random_paths`.
@@ -200,7 +228,7 @@ def line_up(
         others = random_genotypes(child, number, seed)
     else:
         assert search is not None
-        others = random_paths(search, child.num_classes, number, child.architecture, seed)
+        others = random_paths(search, child.num_classes, number, child.architecture, seed, latency)
     if networks is None:
         networks = [nearest_network(max(1, child.flops), resolution), REFERENCE]
     return [

@@ -150,6 +150,8 @@ def _print_result(result: Any) -> None:
     for name, unit in (("flops", "multiply-accumulates"), ("params", "parameters")):
         if name in metrics:
             print(f"{name + ':':<10} {metrics[name]:,} {unit}")
+    if "latency" in metrics:
+        print(f"latency:   {metrics['latency']:.3f} ms predicted for a batch")
     if "test_accuracy" in metrics:
         print(f"accuracy:  {_score(result):.4f} on held-out images, {metrics['test_accuracy']:.4f} on test images")
     else:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from nni_cream.errors import UserError
 from nni_cream.runs import read_json, write_json
@@ -25,11 +25,18 @@ class Seen:
         path: its text, as of :class:`nni_cream.architecture.CreamPath`.
         score: accuracy in percent on held-out images, with the statistics of their batch.
         macs: multiply-accumulates for one image.
+        latency: predicted time in milliseconds for a batch, where the budget is one of time.
     """
 
     path: str
     score: float
     macs: int
+    latency: float | None = None
+
+    @property
+    def cost(self) -> float:
+        """What the budget counts."""
+        return self.macs if self.latency is None else self.latency
 
 
 @dataclass(frozen=True)
@@ -53,7 +60,8 @@ class History:
 
     def save(self, file: Path) -> None:
         """Write it as JSON, atomically."""
-        write_json(file, {"format": FORMAT, **asdict(self)})
+        board = {epoch: [_given(seen) for seen in places] for epoch, places in self.board.items()}
+        write_json(file, {"format": FORMAT, **asdict(self), "board": board})
 
     @classmethod
     def load(cls, file: Path) -> History:
@@ -70,3 +78,7 @@ class History:
             return cls(int(content["images"]), board, content["alphas"])
         except (AttributeError, KeyError, TypeError, ValueError):
             raise UserError(f"{file} is not a history of a search.") from None
+
+
+def _given(seen: Seen) -> dict[str, Any]:
+    return {name: value for name, value in asdict(seen).items() if value is not None}

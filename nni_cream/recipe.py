@@ -295,6 +295,34 @@ class Flops(Settings):
         return self
 
 
+class Latency(Settings):
+    """A budget of predicted time, in place of that of FLOPs: milliseconds for a batch, by the ``table`` of a device.
+
+    Without a ``table``, which ``trials/measure_latency.py`` makes, there is none. With one, the FLOPs interval does
+    nothing but say how deep the stages of the supernet are.
+    """
+
+    table: Path | None = None
+    min: NotNegative = 0.0
+    max: PositiveFloat | None = None
+
+    @model_validator(mode="after")
+    def _is_whole(self) -> Latency:
+        if self.table is None and (self.max is not None or self.min > 0):
+            raise ValueError(
+                f"{'min' if self.max is None else 'max'} is given, but no table, which says what networks take; "
+                "measure one with trials/measure_latency.py"
+            )
+        if self.table is not None and self.max is None:
+            raise ValueError(
+                "a table is given, but no max; say how many milliseconds a network may take, of those that "
+                "trials/measure_latency.py has ended with"
+            )
+        if self.max is not None and self.min > self.max:
+            raise ValueError(f"min is {self.min:g}, above max {self.max:g}")
+        return self
+
+
 class Space(Settings):
     """Arguments of :class:`search_spaces.cream.CreamSpace` that do not follow from budget and data.
 
@@ -478,6 +506,7 @@ class CreamRecipe(Recipe):
 
     data: SearchData = SearchData()
     flops: Flops
+    latency: Latency = Latency()
     space: Space = Space()
     cream: Cream = Cream()
 

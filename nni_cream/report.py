@@ -12,6 +12,7 @@ import json
 import math
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -25,6 +26,7 @@ from nni_cream.child import Child
 from nni_cream.description import describe_path
 from nni_cream.genotype import CELL_INPUTS, CELL_KINDS, CellKind, Genotype
 from nni_cream.history import History
+from nni_cream.latency import LatencyTable
 from nni_cream.next_steps import Command, after_search, after_training
 from nni_cream.page import Markup, element, facts, page, picture, section, table
 from nni_cream.plots.alphas import MOST_NODES, draw_alphas
@@ -33,7 +35,7 @@ from nni_cream.plots.cells import draw_cell
 from nni_cream.plots.curves import draw_curves
 from nni_cream.plots.pareto import Measured, draw_pareto, front_of
 from nni_cream.plots.paths import draw_path
-from nni_cream.plots.style import save_figure
+from nni_cream.plots.style import MACS, TIME, CostAxis, save_figure
 from nni_cream.recipe import CreamRecipe, DartsRecipe, Recipe, RetrainRecipe, changed_settings
 from nni_cream.runs import RunDirectory, read_json, write_text
 
@@ -117,6 +119,49 @@ class _Run:
         return picture(svg, alternative, caption)
 
 
+@dataclass(frozen=True)
+class _Budget:
+    """What a Cream search was asked for.
+
+    Attributes:
+        interval: the least and the most cost.
+        axis: how pictures show costs.
+        text: the interval in words.
+        sentence: the same behind "The search found a network of …, ".
+        rows: what else is to be said of it.
+    """
+
+    interval: tuple[float, float]
+    axis: CostAxis
+    text: str
+    sentence: str
+    rows: tuple[tuple[str, str], ...] = ()
+
+
+def _budget_of(run: _Run, recipe: CreamRecipe) -> _Budget:
+    if recipe.latency.max is None:
+        low, high = recipe.flops.min, recipe.flops.max
+        return _Budget(
+            (low * _MILLION, high * _MILLION),
+            MACS,
+            f"{low:g} to {high:g} million multiply-accumulates for one image",
+            f"between the {low:g} and {high:g} million that were asked for",
+        )
+    low, high = recipe.latency.min, recipe.latency.max
+    measured = LatencyTable.load(run.directory.latency)
+    error, number = measured.validation.mean_error, len(measured.validation.networks)
+    return _Budget(
+        (low, high),
+        TIME,
+        f"{low:g} to {high:g} ms, as predicted for a batch",
+        f"predicted to take between the {low:g} and {high:g} ms for a batch that were asked for",
+        (
+            ("Time of", str(measured.conditions)),
+            ("Error of predictions", f"{_percent(error)}, the mean of {number} networks that were measured"),
+        ),
+    )
+
+
 # The three kinds of run.
 
 
@@ -124,15 +169,15 @@ def _cream_search(run: _Run, recipe: CreamRecipe) -> tuple[str, list[Markup]]:
     child = Child.load(run.directory.child)
     history = History.load(run.directory.history)
     assert isinstance(child.architecture, CreamPath)
-    low, high = recipe.flops.min * _MILLION, recipe.flops.max * _MILLION
+    budget = _budget_of(run, recipe)
     found = [child, *(child.ranked(rank) for rank in range(2, 2 + len(child.runners_up)))]
-    measured = [Measured(path.accuracy, path.flops) for path in found]
+    measured = [Measured(path.accuracy, path.cost) for path in found]
     front = front_of(measured)
+    times = [] if child.latency is None else ["Time (ms)"]
     lead = (
-        f"The search found a network of {_millions(child.flops)} multiply-accumulates, between the "
-        f"{recipe.flops.min:g} and {recipe.flops.max:g} million that were asked for. With the weights of the supernet "
-        f"it answers {_percent(child.accuracy)} of {history.images:,} held-out images right; trained by itself it "
-        "usually does better."
+        f"The search found a network of {_millions(child.flops)} multiply-accumulates, {budget.sentence}. With the "
+        f"weights of the supernet it answers {_percent(child.accuracy)} of {history.images:,} held-out images right; "
+        "trained by itself it usually does better."
     )
     rows = [
         [
@@ -141,6 +186,7 @@ def _cream_search(run: _Run, recipe: CreamRecipe) -> tuple[str, list[Markup]]:
             f"{_percent(path.accuracy)} ± {_percent(_standard_error(path.accuracy, history.images))}",
             f"{path.flops / _MILLION:.3f}",
             f"{path.params / _MILLION:.3f}",
+            *([] if path.latency is None else [f"{path.latency:.3f}"]),
             "no" if rank - 1 in front else "yes",
         ]
         for rank, path in enumerate(found, start=1)
@@ -153,18 +199,22 @@ def _cream_search(run: _Run, recipe: CreamRecipe) -> tuple[str, list[Markup]]:
             "teach the others. In the end each was measured with batch-norm statistics of its own, which gives the "
             "ranks.",
         ),
-        table(["Rank", "Path", "Accuracy", "MACs (M)", "Params (M)", "Beaten"], rows, numbers=(0, 2, 3, 4)),
+        table(
+            ["Rank", "Path", "Accuracy", "MACs (M)", "Params (M)", *times, "Beaten"],
+            rows,
+            numbers=(0, 2, 3, 4, 5) if times else (0, 2, 3, 4),
+        ),
         run.picture(
-            draw_pareto(measured, (low, high), history.images),
+            draw_pareto(measured, budget.interval, history.images, budget.axis),
             "pareto",
-            f"Accuracy against multiply-accumulates of the {len(found)} paths in the table above.",
+            f"Accuracy against {budget.axis.words} of the {len(found)} paths in the table above.",
             "A path is beaten by another that is at least as good, costs no more, and is not the same in both. All "
             "were measured on the same images, so that two of them differ more surely than their bars suggest.",
         ),
         run.picture(
-            draw_board(history.board, [str(path.architecture) for path in found], (low, high)),
+            draw_board(history.board, [str(path.architecture) for path in found], budget.interval, budget.axis),
             "board",
-            "Score of every path while it was on the board, by epoch, and below it the path's multiply-accumulates.",
+            f"Score of every path while it was on the board, by epoch, and below it the path's {budget.axis.words}.",
             "Scores after every epoch are measured with the statistics of a batch, and on other images than the ranks, "
             "so that their order may be another. Grey: paths that have left the board.",
         ),
@@ -184,7 +234,8 @@ def _cream_search(run: _Run, recipe: CreamRecipe) -> tuple[str, list[Markup]]:
             child,
             history,
             [
-                ("Budget", f"{recipe.flops.min:g} to {recipe.flops.max:g} million multiply-accumulates for one image"),
+                ("Budget", budget.text),
+                *budget.rows,
                 ("Method", f"Cream, teacher: {recipe.cream.teacher}, board of {recipe.cream.board_size}"),
             ],
         ),
@@ -301,6 +352,7 @@ def _result(child: Child) -> Markup:
             ("Accuracy, shared weights", _percent(child.accuracy)),
             ("Multiply-accumulates", _millions(child.flops)),
             ("Parameters", _millions(child.params)),
+            *([] if child.latency is None else [("Predicted time of a batch", f"{child.latency:.3f}\u00a0ms")]),
         ]
     )
 

@@ -98,6 +98,11 @@ class RunDirectory:
         return cls(output or (Path(under_nni) if under_nni else RUNS / name))
 
     @property
+    def has_begun(self) -> bool:
+        """Whether a run has been recorded here."""
+        return (self.path / "recipe.yml").exists()
+
+    @property
     def checkpoint(self) -> Path:
         """The newest checkpoint, whether or not it exists yet."""
         return self.path / "checkpoints" / "last.ckpt"
@@ -116,6 +121,11 @@ class RunDirectory:
     def history(self) -> Path:
         """What a search has measured after every epoch, whether or not it exists yet."""
         return self.path / "history.json"
+
+    @property
+    def latency(self) -> Path:
+        """The latency table by which a search keeps its budget, whether or not there is one."""
+        return self.path / "latency.json"
 
     @property
     def report(self) -> Path:
@@ -196,6 +206,13 @@ def describe_environment() -> dict[str, Any]:
             "cuda_visible_devices": os.environ.get("CUDA_VISIBLE_DEVICES"),
         },
     }
+
+
+def processor_name() -> str:
+    """Return what the processor calls itself, or if it does not, its architecture."""
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    named = (line.partition(": ")[2].strip() for line in lines if line.startswith("model name"))
+    return next(named, platform.machine())
 
 
 def newest_search(root: Path = RUNS) -> Path | None:

@@ -1,4 +1,4 @@
-"""Drawing paths from a prior, inside a hard interval of multiply-accumulates."""
+"""Drawing paths from a prior, inside a hard interval of cost: multiply-accumulates, or predicted time."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import functools
 import math
 import operator
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +21,22 @@ Prior = Sequence[Sequence[float]]
 """For every choice, the probability of each candidate."""
 
 
+@dataclass(frozen=True)
+class CostUnit:
+    """How costs, which are whole numbers, are told to a person: ``cost / steps``, the sign, and of what."""
+
+    steps: int
+    sign: str
+    what: str
+
+    def told(self, cost: float) -> str:
+        """Write ``cost`` with its sign."""
+        return f"{cost / self.steps:.6g} {self.sign}"
+
+
+MACS: Final = CostUnit(1_000_000, "M", "multiply-accumulates")
+
+
 class PathSampler:
     """Draws paths from a product prior, conditioned on their cost lying in ``[low, high]``.
 
@@ -28,10 +46,11 @@ class PathSampler:
     the costs, is left to rejection.
 
     Args:
-        costs: for every choice, the MACs of each candidate.
-        fixed: MACs that every path has besides.
-        low: least MACs of a path.
-        high: most MACs of a path.
+        costs: for every choice, the cost of each candidate.
+        fixed: what every path costs besides.
+        low: the least that a path may cost.
+        high: the most.
+        unit: what is counted.
 
     Raises:
         UserError: if no path lies in the interval; it says which costs are nearest.
@@ -42,11 +61,14 @@ class PathSampler:
     # Met only by intervals a millionth of the whole range wide.
     _patience = 20_000
 
-    def __init__(self, costs: Sequence[Sequence[int]], fixed: int, low: float, high: float) -> None:
+    def __init__(
+        self, costs: Sequence[Sequence[int]], fixed: int, low: float, high: float, unit: CostUnit = MACS
+    ) -> None:
         self._costs = [np.asarray(options, dtype=np.int64) for options in costs]
         self._fixed = fixed
         self.low, self.high = low, high
-        self._interval = f"{low / 1e6:.6g} M to {high / 1e6:.6g} M multiply-accumulates"
+        self._cost_unit = unit
+        self._interval = f"{unit.told(low)} to {unit.told(high)} {unit.what}"
         rises = [options - options.min() for options in self._costs]
         cheapest = fixed + int(sum(options.min() for options in self._costs))
         dearest = fixed + int(sum(options.max() for options in self._costs))
@@ -75,14 +97,14 @@ class PathSampler:
         below, above = reachable & ((1 << first) - 1), reachable >> beyond
         nearest = [below.bit_length() - 1] if below else []
         nearest += [beyond + (above & -above).bit_length() - 1] if above else []
-        text = " and ".join(f"{(cheapest + unit * position) / 1e6:.6g} M" for position in nearest)
+        text = " and ".join(self._cost_unit.told(cheapest + unit * position) for position in nearest)
         raise UserError(
-            f"No path costs {self._interval}: the paths of this space cost {cheapest / 1e6:.6g} M to "
-            f"{dearest / 1e6:.6g} M, and those nearest to the interval {text}."
+            f"No path costs {self._interval}: the paths of this space cost {self._cost_unit.told(cheapest)} to "
+            f"{self._cost_unit.told(dearest)}, and those nearest to the interval {text}."
         )
 
     def cost(self, path: Path) -> int:
-        """Return the MACs of ``path``."""
+        """Return what ``path`` costs."""
         return self._fixed + int(sum(options[i] for options, i in zip(self._costs, path, strict=True)))
 
     def contains(self, path: Path) -> bool:

@@ -29,6 +29,7 @@ from nni_cream.data_names import Augmentation, Fractions
 from nni_cream.errors import UserError
 from nni_cream.genotype import Genotype
 from nni_cream.history import History, Seen
+from nni_cream.latency import LatencyBudget, LatencyTable
 from nni_cream.launching import SharedBatch
 from nni_cream.loading import Batches, TrainingBatches
 from nni_cream.ranks import is_first, rank
@@ -63,12 +64,18 @@ def search_cream(recipe: CreamRecipe, directory: RunDirectory) -> Child:
         return ended
 
     pl.seed_everything(recipe.seed, verbose=False)
+    table = latency_table_of(recipe, directory)
     plan = plan_space(recipe.flops.min, recipe.flops.max, recipe.data.resolution)
     data = recipe.data.at(plan.resolution)
     splits = load_splits(data, recipe.seed)
     options = recipe.space.model_dump()
     space = CreamSpace(plan.depths, splits.num_classes, **options)
-    refuse_unreachable(recipe.flops, plan, options, splits.num_classes)
+    budget: dict[str, Any]
+    if table is None:
+        refuse_unreachable(recipe.flops, plan, options, splits.num_classes)
+        budget = {"flops_range": (recipe.flops.min * _MILLION, recipe.flops.max * _MILLION)}
+    else:
+        budget = {"latency": latency_budget(recipe, table, space, plan)}
     arrange_in_memory(space, recipe.device)
     evaluator = Lightning(
         ImageClassifier(splits.num_classes, recipe.optimizer.timm_arguments(), recipe.schedule.timm_arguments()),
@@ -82,13 +89,15 @@ def search_cream(recipe: CreamRecipe, directory: RunDirectory) -> Child:
         settings["prior"] = space.prior(recipe.cream.prior)
     strategy = CreamStrategy(
         **settings,
-        flops_range=(recipe.flops.min * _MILLION, recipe.flops.max * _MILLION),
+        **budget,
         seed=recipe.seed,
         ranking_dataloader=make_loader(splits.validation, data, recipe.device),
     )
     initialize(strategy, space, evaluator, reporter)
     # Everything has been checked by now: a start that fails must not claim the folder.
     directory.begin(to_yaml(recipe), recipe.seed)
+    if table is not None and is_first():
+        table.save(directory.latency)
     with named_batch(data.batch_size, recipe.device.devices):
         strategy.run()
 
@@ -105,16 +114,23 @@ def search_cream(recipe: CreamRecipe, directory: RunDirectory) -> Child:
         flops=best.cost.macs,
         params=best.cost.params,
         data=data.model_dump(mode="json"),
-        search={"name": recipe.name, "seed": recipe.seed, "epochs": recipe.epochs},
+        search={
+            "name": recipe.name,
+            "seed": recipe.seed,
+            "epochs": recipe.epochs,
+            **({} if table is None else {"latency_of": str(table.conditions)}),
+        },
         runners_up=[
             {
                 "path": path.to_json(),
                 "accuracy": other.accuracy,
                 "flops": other.cost.macs,
                 "params": other.cost.params,
+                **({} if other.latency is None else {"latency": other.latency}),
             }
             for path, other in others
         ],
+        latency=best.latency,
     )
     network = module.calibrated_network(best.sample)
     if is_first():
@@ -127,6 +143,59 @@ def search_cream(recipe: CreamRecipe, directory: RunDirectory) -> Child:
     return child
 
 
+def latency_table_of(recipe: CreamRecipe, directory: RunDirectory) -> LatencyTable | None:
+    """Return the table of a search whose budget is one of time, and None for any other.
+
+    A search keeps the table that it began with, also where its file has changed since, or is gone.
+
+    Raises:
+        UserError: if it is none.
+    """
+    file = recipe.latency.table
+    if file is None:
+        return None
+    if not (directory.has_begun and directory.latency.exists()):
+        return LatencyTable.load(file)
+    table = LatencyTable.load(directory.latency)
+    if is_first() and file.exists() and not _holds(file, table):
+        print(f"{file} has changed; this search keeps the latency table that it began with, {directory.latency}.")
+    return table
+
+
+def _holds(file: Path, table: LatencyTable) -> bool:
+    try:
+        return LatencyTable.load(file) == table
+    except UserError:
+        return False
+
+
+def latency_budget(recipe: CreamRecipe, table: LatencyTable, space: CreamSpace, plan: SpacePlan) -> LatencyBudget:
+    """Return the budget of a search by a table.
+
+    Raises:
+        UserError: if the table is for other networks; or if the interval is above or below all of them, and it says
+            which intervals are possible.
+    """
+    from search_spaces.cream import DEEPEST, SHALLOWEST
+
+    file, low, high = recipe.latency.table, recipe.latency.min, recipe.latency.max
+    assert file is not None
+    assert high is not None
+    table.refuse_another(file, plan.resolution, space.num_classes, space.operations)
+
+    def budget(depths: tuple[int, ...]) -> LatencyBudget:
+        return table.budget(depths, space.operations, space.skip, low, high)
+
+    chosen = budget(plan.depths)
+    if high < chosen.shortest or low > chosen.longest:
+        raise UserError(
+            f"By {file} no network takes {low:g} ms to {high:g} ms a batch (latency.min to latency.max): those of this "
+            f"search take {chosen.shortest:.4g} ms to {chosen.longest:.4g} ms, and with other depths, which flops "
+            f"decides, {budget(SHALLOWEST).shortest:.4g} ms to {budget(DEEPEST).longest:.4g} ms are possible."
+        )
+    return chosen
+
+
 def board_by_epoch(module: CreamLightningModule, space: CreamSpace) -> dict[int, list[Seen]]:
     """Return what was on the board after every epoch; of paths that are one architecture, the better one."""
     epochs = {}
@@ -134,7 +203,7 @@ def board_by_epoch(module: CreamLightningModule, space: CreamSpace) -> dict[int,
         seen: dict[str, Seen] = {}
         for place in places:
             path = str(space.architecture(module.paths.to_sample(place.path)))
-            seen.setdefault(path, Seen(path, place.score, place.macs))
+            seen.setdefault(path, Seen(path, place.score, place.macs, place.latency))
         epochs[epoch] = list(seen.values())
     return epochs
 
@@ -191,6 +260,7 @@ def result_of(child: Child) -> dict[str, Any]:
         "accuracy": child.accuracy,
         "flops": child.flops,
         "params": child.params,
+        **({} if child.latency is None else {"latency": child.latency}),
         "genotype" if genotype else "path": str(child.architecture),
     }
 
@@ -224,6 +294,8 @@ def print_child(child: Child, directory: RunDirectory) -> None:
     print(f"{name:<10} {child.architecture}")
     print(f"FLOPs:     {child.flops / 1e6:.2f} M multiply-accumulates")
     print(f"params:    {child.params / 1e6:.3f} M")
+    if child.latency is not None:
+        print(f"latency:   {child.latency:.3f} ms predicted for {child.search.get('latency_of', 'a batch')}")
     print(f"accuracy:  {child.accuracy:.4f} with shared weights, on held-out images")
     print(f"folder:    {directory.path.resolve()}", flush=True)
 

@@ -63,28 +63,45 @@ class StageCost:
     further: tuple[float, ...]
 
 
+@dataclass(frozen=True)
+class BlockShape:
+    """Where a block stands: channels before and after it, its stride, height and width (pixels) of what it is given."""
+
+    in_channels: int
+    out_channels: int
+    stride: int
+    size: int
+
+
+def block_shapes(resolution: int) -> list[tuple[BlockShape, BlockShape]]:
+    """Return, of every choice stage, where its first block stands, and where each further one does."""
+    shapes = []
+    size = -(-resolution // 2)
+    in_channels = STEM_CHANNELS
+    for stage in STAGES:
+        first = BlockShape(in_channels, stage.channels, stage.stride, size)
+        size = -(-size // stage.stride)
+        in_channels = stage.channels
+        shapes.append((first, BlockShape(in_channels, in_channels, 1, size)))
+    return shapes
+
+
 @lru_cache
 def stage_costs(resolution: int) -> tuple[StageCost, ...]:
     """Count the choices of every stage at ``resolution`` pixels.
 
     At 224 pixels these are the numbers of the published table.
     """
-    costs = []
-    size = -(-resolution // 2)
-    in_channels = STEM_CHANNELS
-    for stage in STAGES:
-        first = tuple(_million_macs(c, in_channels, stage.channels, stage.stride, size) for c in CHOICES)
-        size = -(-size // stage.stride)
-        further = tuple(_million_macs(c, stage.channels, stage.channels, 1, size) for c in CHOICES)
-        costs.append(StageCost(first, further))
-        in_channels = stage.channels
-    return tuple(costs)
+    return tuple(
+        StageCost(*(tuple(_million_macs(choice, shape) for choice in CHOICES) for shape in shapes))
+        for shapes in block_shapes(resolution)
+    )
 
 
-def _million_macs(choice: Choice, in_channels: int, out_channels: int, stride: int, size: int) -> float:
+def _million_macs(choice: Choice, shape: BlockShape) -> float:
     with torch.device("meta"):
-        block = choice.build(in_channels, out_channels, stride).eval()
-        return ptflops_macs(block, torch.empty(1, in_channels, size, size)) / 1e6
+        block = choice.build(shape.in_channels, shape.out_channels, shape.stride).eval()
+        return ptflops_macs(block, torch.empty(1, shape.in_channels, shape.size, shape.size)) / 1e6
 
 
 def plan_space(minimum: float, maximum: float, resolution: int | None = None) -> SpacePlan:
@@ -280,9 +297,14 @@ class CreamSpace(nas.ModelSpace):
             for block in range(depth)
         }
 
+    @property
+    def operations(self) -> tuple[int, ...]:
+        """The numbers of the operations on offer, as a path has them."""
+        return tuple(self._numbers)
+
     def architecture(self, sample: dict[str, Any]) -> CreamPath:
         """Return the architecture that ``sample`` stands for: operations by their numbers, skipped blocks left out."""
+        numbers = self.operations
         first, *stages, last = CreamPath.from_sample(sample).stages
-        numbers = self._numbers
         chosen = (tuple(numbers[i] for i in stage if i < len(numbers)) for stage in stages)
         return CreamPath((first, *chosen, last))

@@ -6,6 +6,7 @@ import csv
 import math
 import random
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from nni_cream.genotype import Genotype, derive_edges, edges_of, mixing_weights
 from nni_cream.history import History, Seen
 from nni_cream.recipe import CreamRecipe, DartsRecipe, Recipe, RetrainRecipe, to_yaml
 from nni_cream.runs import RunDirectory, write_json
+from tests.latency_tables import made_up
 
 PATH = CreamPath.parse("[[0], [0], [3], [4, 0, 3], [2], [3], [0]]")
 # What could break a page, or a command.
@@ -38,8 +40,15 @@ def begin(recipe: Recipe, folder: Path) -> RunDirectory:
     return directory
 
 
-def cream_run(folder: Path, *, paths: int = 5, epochs: int = 30, **changes: Any) -> tuple[CreamRecipe, RunDirectory]:
-    """A search like that of ``make search``, whose board fills after 10 epochs and then changes."""
+def cream_run(
+    folder: Path, *, paths: int = 5, epochs: int = 30, timed: bool = False, **changes: Any
+) -> tuple[CreamRecipe, RunDirectory]:
+    """A search like that of ``make search``, whose board fills after 10 epochs and then changes.
+
+    Where it is ``timed``, a path is predicted to take the longer the fewer MACs it has.
+    """
+    if timed:
+        changes["latency"] = {"table": "latency.json", "min": 1, "max": 2.5}
     recipe = CreamRecipe.model_validate(
         {
             "name": "cream_mnist5k",
@@ -76,6 +85,11 @@ def cream_run(folder: Path, *, paths: int = 5, epochs: int = 30, **changes: Any)
         epoch: [Seen(str(PATH), seen.score, 3_235_136) if seen.path == best_path else seen for seen in places]
         for epoch, places in history.items()
     }
+    if timed:
+        made_up().save(directory.latency)
+        history = {
+            epoch: [replace(seen, latency=5 - seen.macs / 1e6) for seen in places] for epoch, places in history.items()
+        }
     ranked = [
         (CreamPath.parse(seen.path), round(500 * (0.92 - 0.008 * place)) / 500, seen.macs)
         for place, seen in enumerate(history[epochs])
@@ -91,8 +105,10 @@ def cream_run(folder: Path, *, paths: int = 5, epochs: int = 30, **changes: Any)
         search={"name": recipe.name, "seed": recipe.seed, "epochs": epochs},
         runners_up=[
             {"path": other.to_json(), "accuracy": share, "flops": cost, "params": 1_200_000 + 1000 * rank}
+            | ({"latency": 5 - cost / 1e6} if timed else {})
             for rank, (other, share, cost) in enumerate(others)
         ],
+        latency=5 - macs / 1e6 if timed else None,
     )
     History(500, board=history).save(directory.history)
     child.save(directory.child, nn.Linear(1, 1))

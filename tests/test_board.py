@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import itertools
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -130,6 +131,15 @@ class TestAdmission:
     def test_full_board(self, score: float, macs: int, admitted: bool) -> None:
         assert board_of(*self.FULL).admits(score, macs) is admitted
 
+    def test_where_the_budget_is_time_the_cheaper_path_is_the_one_that_takes_less(self) -> None:
+        """Entries and newcomer are cheap in MACs and dear in time, or the other way round."""
+        full = [replace(item, macs=1, latency=2.0) for item in self.FULL]
+        board = board_of(*full)
+        assert board.admits(35.0, 1.9999)
+        assert not board.admits(35.0, 2.0)
+        assert not board.admits(35.0, 2.5)
+        assert board.admits(35.1, 2.5)
+
     def test_gap_is_a_setting(self) -> None:
         assert board_of(*self.FULL, gap=0.0).admits(30.1, 1000)
         assert not board_of(*self.FULL, gap=50.0).admits(79.0, 1000)
@@ -148,6 +158,13 @@ class TestOrder:
         expected = [(0, 2), (0, 1), (1, 0), (5, 5)]
         for order in itertools.permutations(items):
             assert paths(board_of(*order, capacity=4)) == expected
+
+    def test_where_the_budget_is_time_the_dearer_is_the_one_that_takes_longer(self) -> None:
+        first, second = entry((1,), 20.0, 9), entry((2,), 20.0, 5)
+        assert paths(board_of(first, second)) == [(1,), (2,)]
+        timed = replace(first, latency=1.25), replace(second, latency=1.5)
+        assert [item.cost for item in timed] == [1.25, 1.5]
+        assert paths(board_of(*timed)) == [(2,), (1,)]
 
     def test_entries_are_never_compared_by_their_tensors(self) -> None:
         # The published board compared tensors when all else was equal, which is an error in torch.
@@ -205,7 +222,9 @@ class TestHistory:
     def test_a_checkpoint_gives_it_back_and_executes_nothing(self) -> None:
         history = BoardHistory()
         history.remember(1, board_of())
-        history.remember(2, board_of(entry((0, 2), 100 / 3), entry((1, 2), 0.1)))
+        timed = replace(entry((1, 2), 0.1), latency=1.2345)
+        history.remember(2, board_of(entry((0, 2), 100 / 3), timed))
+        assert [place.latency for place in history.epochs[2]] == [None, 1.2345]
         file = io.BytesIO()
         torch.save(history.state_dict(), file)
         file.seek(0)

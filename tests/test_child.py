@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 import resource
 import subprocess
 import sys
@@ -178,6 +179,11 @@ class TestWrongChild:
     def test_format(self, saved: Path, value: Any) -> None:
         change(saved, format=value)
         assert f"its 'format' is {value!r}, but should be 'nni_cream.child/1'" in refusal(saved)
+
+    @pytest.mark.parametrize("value", [-1, "1", True, [1], math.nan, math.inf])
+    def test_time(self, saved: Path, value: Any) -> None:
+        change(saved, latency=value)
+        assert f"'latency' is {value!r}, but should be a number of milliseconds" in refusal(saved)
 
     @pytest.mark.parametrize("key", ["num_classes", "accuracy", "flops", "params", "data", "search"])
     def test_missing_field(self, saved: Path, key: str) -> None:
@@ -404,6 +410,20 @@ class TestRank:
         assert (third.flops, third.params, third.data) == (2, 4, child.data)
         child.save(tmp_path / "child.json", small_network())
         assert Candidate(tmp_path / "child.json").load(2) == child.ranked(2)
+
+    def test_has_its_own_predicted_time(self, tmp_path: Path) -> None:
+        other = {"path": [[0], [1]], "accuracy": 0.5, "flops": 1, "params": 2}
+        child = make_child(latency=1.5, runners_up=[{**other, "latency": 1.25}])
+        assert [(found.latency, found.cost) for found in (child, child.ranked(2))] == [(1.5, 1.5), (1.25, 1.25)]
+        child.save(tmp_path / "child.json", small_network())
+        assert Child.load(tmp_path / "child.json") == child
+        with pytest.raises(UserError, match=r"'flops' and 'params', and, as the best path has it, 'latency'\.$"):
+            make_child(latency=1.5, runners_up=[other]).ranked(2)
+        # Without a budget of time the file is as it ever was.
+        make_child().save(tmp_path / "child.json", small_network())
+        assert "latency" not in json.loads((tmp_path / "child.json").read_text())
+        assert Child.load(tmp_path / "child.json").latency is None
+        assert make_child().cost == make_child().flops
 
     @pytest.mark.parametrize("found", [make_child(), darts_child()], ids=["Cream", "DARTS"])
     def test_of_nothing_is_refused(self, found: Child, tmp_path: Path) -> None:

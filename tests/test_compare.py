@@ -27,8 +27,9 @@ from nni_cream.compare import (
 from nni_cream.cost import measure_network
 from nni_cream.errors import UserError
 from nni_cream.genotype import Genotype
-from nni_cream.recipe import CreamRecipe
+from nni_cream.recipe import CreamRecipe, Latency
 from nni_cream.seeds import Spread
+from tests.latency_tables import made_up
 from tests.test_retrain import GENOTYPE, SPACE
 from tests.test_seeds import recipe
 from tests.trainers import LIGHTNINGS_WARNINGS
@@ -57,6 +58,18 @@ class TestRandomPaths:
         again = random_paths(SEARCH, 10, 3, paths[1], seed=0)
         assert again == [paths[0], *paths[2:4]]
         assert random_paths(SEARCH, 10, 3, paths[1], seed=1) != again
+
+    def test_keep_to_the_time_of_a_search_with_such_a_budget(self) -> None:
+        interval = {"table": "latency.json", "min": 1.45, "max": 1.55}
+        search = SEARCH.model_copy(update={"latency": Latency.model_validate(interval)})
+        table = made_up()
+        found = random_paths(search, 10, 8, CreamPath.parse("[0] [0] [1] [2] [3] [0] [0]"), seed=0, latency=table)
+        assert len(set(found)) == 8
+        assert all(1.45 <= table.of(path) <= 1.55 for path in found)
+        without = random_paths(SEARCH, 10, 8, CreamPath.parse("[0] [0] [1] [2] [3] [0] [0]"), seed=0)
+        assert not all(1.45 <= table.of(path) <= 1.55 for path in without)
+        child = Child(found[0], 10, 0.5, 1, 2, DATA, {"name": "a", "seed": 0}, latency=1.5)
+        assert [c.network for c in line_up(child, search, 32, 2, [], 0, table)] == [str(path) for path in found[:3]]
 
     def test_that_are_not_so_many(self, paths: list[CreamPath], monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module_under_test, "PATIENCE", 5)

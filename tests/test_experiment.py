@@ -135,11 +135,21 @@ def test_the_best_finite_result_of_a_finished_trial_wins(capsys: pytest.CaptureF
             ],
         ),
         (
+            {"default": 0.5, "flops": 1000, "params": 10, "latency": 1.23456, "path": "[[0]]"},
+            [
+                "path:      [[0]]",
+                "flops:     1,000 multiply-accumulates",
+                "params:    10 parameters",
+                "latency:   1.235 ms predicted for a batch",
+                "accuracy:  0.5000 with shared weights, on held-out images",
+            ],
+        ),
+        (
             {"default": 0.75, "val_accuracy": 0.75, "test_accuracy": 0.5, "network": "cream_14"},
             ["network:   cream_14", "accuracy:  0.7500 on held-out images, 0.5000 on test images"],
         ),
     ],
-    ids=["search", "training"],
+    ids=["search", "search with a budget of time", "training"],
 )
 def test_a_result_is_printed(result: dict[str, Any], expected: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert _conclude([trial("a", "SUCCEEDED")], {"a": [final(result)]}, lambda _: [])

@@ -18,6 +18,19 @@ def test_a_file_gives_it_back(tmp_path: Path) -> None:
     assert history.epochs == 2
 
 
+def test_times_are_there_where_the_budget_is_time(tmp_path: Path) -> None:
+    with_time, without = Seen("[[0]]", 50.0, 7, 1.2345), Seen("[[1]]", 40.0, 9)
+    history = History(500, board={1: [with_time, without]})
+    history.save(tmp_path / "history.json")
+    assert History.load(tmp_path / "history.json") == history
+    (places,) = json.loads((tmp_path / "history.json").read_text())["board"].values()
+    assert places == [
+        {"path": "[[0]]", "score": 50.0, "macs": 7, "latency": 1.2345},
+        {"path": "[[1]]", "score": 40.0, "macs": 9},
+    ]
+    assert (with_time.cost, without.cost) == (1.2345, 9)
+
+
 def test_alphas_come_back_to_the_last_bit(tmp_path: Path) -> None:
     tables = np.random.default_rng(0).normal(size=(3, 5, 8)).astype(np.float32)
     History(10, alphas={"normal": tables.tolist()}).save(tmp_path / "history.json")

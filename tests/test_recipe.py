@@ -389,6 +389,21 @@ class TestWrongValues:
             ({"cream": {"prior": [1, float("nan")]}}, "'cream.prior[1]' is nan, but should be a finite number."),
             # Settings that do not go together.
             ({"flops": {"min": 3, "max": 2}}, "flops: min is 3, above max 2."),
+            ({"latency": {"table": "l.json", "min": 3, "max": 2}}, "latency: min is 3, above max 2."),
+            ({"latency": {"table": "l.json"}}, "latency: a table is given, but no max; say how many milliseconds"),
+            ({"latency": {"table": "l.json", "min": 1}}, "latency: a table is given, but no max"),
+            (
+                {"latency": {"max": 2}},
+                "latency: max is given, but no table, which says what networks take; measure one",
+            ),
+            ({"latency": {"min": 2}}, "latency: min is given, but no table"),
+            ({"latency": {"table": "l.json", "max": 0}}, "'latency.max' is 0, but should be greater than 0."),
+            (
+                {"latency": {"table": "l.json", "min": -1, "max": 2}},
+                "'latency.min' is -1, but should be greater than or",
+            ),
+            ({"latency": {"table": 3, "max": 2}}, "'latency.table' is 3, but should be a path."),
+            ({"latency": {"milliseconds": 3}}, "'latency.milliseconds' is not a setting; did you mean 'latency."),
             ({"cream": {"warmup_epochs": 30}}, "cream.warmup_epochs is 30"),
             ({"cream": {"board_images": 1}}, "'cream.board_images' is 1, but should be greater than or equal to 2."),
             ({"cream": {"board_images": 33}}, "data.batch_size is 64: make it at most half of that."),

@@ -209,6 +209,39 @@ class TestCream:
         assert len(table) == 2
 
 
+@pytest.fixture(scope="module")
+def timed(tmp_path_factory: pytest.TempPathFactory) -> Written:
+    return Written(*cream_run(tmp_path_factory.mktemp("timed"), timed=True))
+
+
+class TestBudgetOfTime:
+    def test_is_named_in_place_of_that_of_macs(self, timed: Written) -> None:
+        lead = timed.reader.all("p")[0].text.replace("\u00a0", " ")
+        assert "3.235 M multiply-accumulates, predicted to take between the 1 and 2.5 ms for a batch that were" in lead
+        assert timed.facts()["Predicted time of a batch"] == "1.765 ms"
+        rows = {name: text.replace("\u00a0", " ") for name, text in timed.rows().items()}
+        assert rows["Budget"] == "1 to 2.5 ms, as predicted for a batch"
+        assert rows["Time of"] == "a batch of 1 on Abacus 3000, 2 threads, 32-true, torch 2.13.0+cpu"
+        # Off by -20 %, 0 and +20 %.
+        assert rows["Error of predictions"] == "13.33 %, the mean of 3 networks that were measured"
+
+    def test_is_what_paths_beat_each_other_in(self, timed: Written) -> None:
+        child = Child.load(timed.directory.child)
+        (table,) = [table for table in timed.reader.tables() if table[0][0] == "Rank"]
+        assert table[0] == ["Rank", "Path", "Accuracy", "MACs (M)", "Params (M)", "Time (ms)", "Beaten"]
+        found = [child.ranked(rank) for rank in range(1, 6)]
+        for path, row in zip(found, table[1:], strict=True):
+            assert row[5] == f"{path.latency:.3f}" == f"{5 - path.flops / 1e6:.3f}"
+            beaten = any(o.accuracy >= path.accuracy and o.flops >= path.flops for o in found if o is not path)
+            assert row[6] == ("yes" if beaten else "no")
+        assert {row[6] for row in table[1:]} == {"yes", "no"}
+
+    def test_is_what_pictures_show(self, timed: Written, written: dict[str, Written]) -> None:
+        for name, label in (("pareto", "predicted time of a batch (ms; dashed"), ("board", "predicted time (ms)")):
+            assert label in (timed.folder / f"{name}.svg").read_text()
+            assert label not in (written["cream"].folder / f"{name}.svg").read_text()
+
+
 class TestDarts:
     def test_result(self, written: dict[str, Written]) -> None:
         assert written["darts"].facts() == {

@@ -4,6 +4,7 @@ import functools
 import itertools
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,11 +20,13 @@ from nni_cream.cost import Cost, measure, measure_network, measure_space
 from nni_cream.data import Augmentation, DataSplits, Fractions, LabelledImages, load_data
 from nni_cream.errors import UserError
 from nni_cream.history import History, Seen
+from nni_cream.latency import LatencyTable
 from nni_cream.models.cream import OPERATIONS, STAGES, STEM_CHANNELS, build_child
 from nni_cream.recipe import CreamRecipe, Data, Device, Flops, load_recipe, parse_override, to_yaml
 from nni_cream.reporting import Reporter
 from nni_cream.runs import RunDirectory
 from nni_cream.search import (
+    latency_table_of,
     load_splits,
     make_loader,
     make_training_loader,
@@ -34,6 +37,7 @@ from nni_cream.search import (
 from nni_cream.strategies.cream_module import RankedPath
 from nni_cream.supernet.paths import PathSpace
 from search_spaces.cream import CreamSpace, SpacePlan
+from tests.latency_tables import made_up
 
 # Every setting is another than its default. The depths are 1, 2, 3, 3, 1, and candidate 6 is operation 9, the residual
 # unit; candidate 7 leaves the block out.
@@ -120,6 +124,15 @@ def _stub(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
         monkeypatch.setattr("nni_cream.search.refuse_unreachable", lambda *_: None)
 
 
+TABLE = made_up((0, 1, 2, 3, 4, 5, 9))
+
+
+def timed(folder: Path, **latency: Any) -> dict[str, Any]:
+    """Changes of the recipe that give it a budget of time, by a table in ``folder``."""
+    TABLE.save(folder / "measured.json")
+    return {"latency": {"table": folder / "measured.json", "min": 1, "max": 2.5, **latency}}
+
+
 def ranked(path: CreamPath, accuracy: float, macs: int) -> RankedPath:
     return RankedPath(path.to_sample(), accuracy, Cost(macs, 7 * macs))
 
@@ -148,6 +161,19 @@ class TestWhatASearchIsGiven:
         del strategy.settings["ranking_dataloader"]
         assert strategy.settings == {**CREAM, "flops_range": (500_000, 6_000_000), "seed": 5}
         assert strategy.has_run
+
+    def test_a_budget_of_time_takes_the_place_of_that_of_macs(self, tmp_path: Path) -> None:
+        _, strategy = search(tmp_path / "run", timed(tmp_path))
+        del strategy.settings["ranking_dataloader"]
+        # The depths still follow from flops.
+        depths = (1, 2, 3, 3, 1)
+        assert strategy.space.depths == depths
+        budget = TABLE.budget(depths, (0, 1, 2, 3, 4, 5, 9), True, 1, 2.5)
+        assert strategy.settings == {**CREAM, "latency": budget, "seed": 5}
+        paths = PathSpace(strategy.space)
+        assert {label: len(times) for label, times in budget.choices.items()} == dict(
+            zip(paths.labels, paths.sizes, strict=True)
+        )
 
     def test_probabilities_reach_the_blocks(self, tmp_path: Path) -> None:
         _, strategy = search(tmp_path, prior=[1, 2, 3, 4, 5, 6, 7, 8])
@@ -284,6 +310,26 @@ class TestWhatASearchEndsWith:
             (0.5, 400),
         ]
 
+    def test_predicted_times(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        reported: list[dict[str, Any]] = []
+        monkeypatch.setattr(Reporter, "final", lambda _, metrics: reported.append(metrics))
+        Stub.ranking[:] = [replace(path, latency=1.5 + place / 8) for place, path in enumerate(Stub.ranking)]
+        Stub.places[:] = [(Place((0, 1, 2, 3, 0, 7, 4, 6, 1, 1, 5, 0), 60.5, 301, 1.5),)]
+        child, _ = search(tmp_path / "run", timed(tmp_path))
+        # The third and the fourth are the first and the second once more.
+        assert child.latency == 1.5
+        assert [other["latency"] for other in child.runners_up] == [1.625, 2.0, 2.125]
+        assert [child.ranked(rank).latency for rank in (2, 3)] == [1.625, 2.0]
+        assert child.search["latency_of"] == "a batch of 1 on Abacus 3000, 2 threads, 32-true, torch 2.13.0+cpu"
+        assert Child.load(tmp_path / "run/child.json") == child
+        assert reported[0]["latency"] == 1.5
+        told = "latency:   1.500 ms predicted for a batch of 1 on Abacus 3000, 2 threads, 32-true, torch 2.13.0+cpu"
+        assert told in capsys.readouterr().out.splitlines()
+        (seen,) = History.load(tmp_path / "run/history.json").board[1]
+        assert seen == Seen(str(CreamPath(self.BEST)), 60.5, 301, 1.5)
+
     def test_calibrated_weights_of_the_best(self, tmp_path: Path) -> None:
         child, _ = search(tmp_path)
         weights = load_file(tmp_path / "child.safetensors")
@@ -354,6 +400,102 @@ class TestWhatASearchEndsWith:
                 3: [Seen(best, 70.25, 300), Seen(second, 65.0, 501)],
             },
         )
+
+
+class TestTable:
+    """What a search makes of the table of its budget."""
+
+    def recipe(self, **changes: Any) -> CreamRecipe:
+        return CreamRecipe.model_validate({**RECIPE, "cream": CREAM, **changes})
+
+    def refusal(self, folder: Path, changes: dict[str, Any]) -> str:
+        with pytest.raises(UserError) as caught:
+            search_cream(self.recipe(**changes), RunDirectory(folder / "run"))
+        assert not (folder / "run").exists()
+        assert not Stub.made
+        return str(caught.value)
+
+    def test_an_interval_beyond_all_paths_is_refused_with_the_range_that_there_is(self, tmp_path: Path) -> None:
+        # Operation i of TABLE.operations, 7 to leave a block out; the depths are 1, 2, 3, 3, 1.
+        def extreme(choose: Any, deepest: bool) -> float:
+            total = 0.0
+            times = TABLE.milliseconds
+            for stage, depth in zip(times.stages, (4,) * 5 if deepest else (1, 2, 3, 3, 1), strict=True):
+                further = choose([0, *(round(1.24 * time, 4) for time in stage.further)])
+                total += round(1.24 * choose(stage.first), 4) + (depth - 1) * further
+            return total + sum(
+                round(1.24 * t, 4) for t in (times.stem, times.first_stage, times.last_stage, times.head)
+            )
+
+        low, high, highest = extreme(min, False), extreme(max, False), extreme(max, True)
+        file = tmp_path / "measured.json"
+        for least, most in ((high + 0.001, 99), (0, low - 0.001)):
+            assert self.refusal(tmp_path, timed(tmp_path, min=least, max=most)) == (
+                f"By {file} no network takes {least:g} ms to {most:g} ms a batch (latency.min to latency.max): those "
+                f"of this search take {low:.4g} ms to {high:.4g} ms, and with other depths, which flops decides, "
+                f"{low:.4g} ms to {highest:.4g} ms are possible."
+            )
+        search(tmp_path / "run", timed(tmp_path, min=high - 0.001, max=99))
+
+    @pytest.mark.parametrize(
+        ("changes", "expected"),
+        [
+            ({"data": {**RECIPE["data"], "resolution": 40}}, "images of 32 pixels, but those of this search have 40"),
+            ({"space": {"resunit": ["bottleneck"]}}, "has no times of what this search offers: residual unit (bottle"),
+        ],
+        ids=str,
+    )
+    def test_one_of_another_search_is_refused(self, tmp_path: Path, changes: dict[str, Any], expected: str) -> None:
+        sentence = self.refusal(tmp_path, {**timed(tmp_path), **changes})
+        assert sentence.startswith(f"The latency table {tmp_path / 'measured.json'} is for ")
+        assert expected in sentence
+
+    def test_one_of_other_classes_is_refused(self, tmp_path: Path) -> None:
+        changes = timed(tmp_path)
+        made_up(num_classes=9).save(tmp_path / "measured.json")
+        assert "is for 9 classes, but the data of this search has 10;" in self.refusal(tmp_path, changes)
+
+    def test_one_that_is_missing_is_refused(self, tmp_path: Path) -> None:
+        changes = timed(tmp_path)
+        (tmp_path / "measured.json").unlink()
+        assert self.refusal(tmp_path, changes) == f"There is no latency table {tmp_path / 'measured.json'}."
+
+    def test_a_search_keeps_the_one_that_it_began_with(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        changes = timed(tmp_path)
+        directory, file = RunDirectory(tmp_path / "run"), tmp_path / "measured.json"
+        search(directory.path, changes)
+        assert LatencyTable.load(directory.latency) == TABLE
+        kept = functools.partial(latency_table_of, self.recipe(**changes), directory)
+        capsys.readouterr()
+        assert kept() == TABLE
+        assert capsys.readouterr().out == ""
+        told = f"{file} has changed; this search keeps the latency table that it began with, {directory.latency}.\n"
+        for change in (lambda: made_up().save(file), lambda: file.write_text("{")):
+            change()
+            assert kept() == TABLE
+            assert capsys.readouterr().out == told
+        file.unlink()
+        assert kept() == TABLE
+        assert capsys.readouterr().out == ""
+        # With these it would not find its paths again.
+        directory.latency.write_text("{}")
+        with pytest.raises(UserError, match=r"run/latency\.json is not a latency table"):
+            kept()
+
+    def test_what_lies_in_a_folder_before_a_search_begins_is_not_its_table(self, tmp_path: Path) -> None:
+        changes = timed(tmp_path)
+        directory = RunDirectory(tmp_path / "run")
+        made_up().save(directory.latency)
+        search(directory.path, changes)
+        assert LatencyTable.load(directory.latency) == TABLE
+
+    def test_there_is_none_without_a_budget_of_time(self, tmp_path: Path) -> None:
+        search(tmp_path)
+        assert latency_table_of(self.recipe(), RunDirectory(tmp_path)) is None
+        assert not (tmp_path / "latency.json").exists()
+        assert "latency" not in json.loads((tmp_path / "child.json").read_text())
 
 
 class TestFolder:

@@ -60,8 +60,11 @@ def main() -> None:
     folder = RunDirectory.for_run(recipe.name, arguments.output).path
 
     from nni_cream.compare import compare, line_up, table
+    from nni_cream.latency import LatencyTable
 
-    contestants = line_up(child, search, data.resolution, arguments.random, arguments.networks, seed=0)
+    timed = search is not None and search.latency.table is not None
+    latency = LatencyTable.load(RunDirectory(file.parent).latency) if timed else None
+    contestants = line_up(child, search, data.resolution, arguments.random, arguments.networks, 0, latency)
     rows = compare(recipe, contestants, arguments.seeds, folder)
     print(f"folder: {folder.resolve()}")
     print(table(rows), end="", flush=True)

@@ -11,9 +11,11 @@ from matplotlib.figure import Figure
 from nni_cream.history import Seen
 from nni_cream.plots.style import (
     COLOURS,
+    MACS,
     PALE,
     QUIET,
     TITLE_SIZE,
+    CostAxis,
     epochs_below,
     inches,
     keep_limits,
@@ -33,23 +35,28 @@ _BELOW: Final = 0.5
 _NAMED: Final = 10
 # Of an epoch.
 _HALF: Final = 0.4
-_MILLION: Final = 1e6
 
 
-def draw_board(epochs: Mapping[int, Sequence[Seen]], ranking: Sequence[str], budget: tuple[float, float]) -> Figure:
+def draw_board(
+    epochs: Mapping[int, Sequence[Seen]],
+    ranking: Sequence[str],
+    budget: tuple[float, float],
+    costs: CostAxis = MACS,
+) -> Figure:
     """Draw the score of every path while it was on the board, and below it what the path costs.
 
     Args:
         epochs: from the number of an epoch to the board after it; empty ones are of the warm-up.
         ranking: the paths that were ranked in the end, the best first. The first of them have a colour, and the
             first ten their rank.
-        budget: the least and the most multiply-accumulates that were asked for.
+        budget: the least and the most cost that was asked for.
+        costs: what the budget counts.
 
     Returns:
         A figure with the ids (``gid``) ``score-<path>`` and ``cost-<path>`` of the lines.
     """
     lives = _lives(epochs)
-    costs = {place.path: place.macs / _MILLION for places in epochs.values() for place in places}
+    cost_of = {place.path: place.cost / costs.scale for places in epochs.values() for place in places}
     first, last = min(epochs), max(epochs)
     warmup = [epoch for epoch, places in epochs.items() if not places]
     with our_style():
@@ -69,17 +76,17 @@ def draw_board(epochs: Mapping[int, Sequence[Seen]], ranking: Sequence[str], bud
                 scores.plot(*zip(*life, strict=True), "o-", color=colour, lw=width, markersize=3.5, gid=f"score-{path}")
                 # Half an epoch to each side, so that a path of one epoch can be seen.
                 span = (life[0][0] - _HALF, life[-1][0] + _HALF)
-                below.plot(span, (costs[path],) * 2, color=colour, lw=2 * width, gid=f"cost-{path}")
+                below.plot(span, (cost_of[path],) * 2, color=colour, lw=2 * width, gid=f"cost-{path}")
             if rank is not None and rank < _NAMED:
                 epoch, score = lives[path][-1][-1]
                 ends[scores].append((epoch, score, f"rank {rank + 1}", colour))
-                ends[below].append((epoch + _HALF, costs[path], f"rank {rank + 1}", colour))
+                ends[below].append((epoch + _HALF, cost_of[path], f"rank {rank + 1}", colour))
         for limit in sorted({*budget}):
-            below.axhline(limit / _MILLION, color=QUIET, linewidth=1, linestyle=(0, (4, 3)), gid="budget")
+            below.axhline(limit / costs.scale, color=QUIET, linewidth=1, linestyle=(0, (4, 3)), gid="budget")
         scores.set_title("Paths on the board", fontsize=TITLE_SIZE, pad=8)
         scores.set_ylabel("score (% right)")
         below.set_title("What they cost (dashed: the budget)", fontsize=TITLE_SIZE, pad=8)
-        below.set_ylabel("MACs (million)")
+        below.set_ylabel(f"{costs.short} ({costs.unit})")
         for axes, names in ends.items():
             epochs_below(axes, first, last)
             keep_limits(axes)

@@ -12,7 +12,18 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.transforms import Bbox
 
-from nni_cream.plots.style import COLOURS, INK, QUIET, TEXT_SIZE, TITLE_SIZE, inches, keep_limits, our_style
+from nni_cream.plots.style import (
+    COLOURS,
+    INK,
+    MACS,
+    QUIET,
+    TEXT_SIZE,
+    TITLE_SIZE,
+    CostAxis,
+    inches,
+    keep_limits,
+    our_style,
+)
 
 # Inches.
 _WIDTH: Final = 7.6
@@ -21,7 +32,6 @@ _LEFT: Final = 0.85
 _RIGHT: Final = 0.3
 _ABOVE: Final = 0.75
 _BELOW: Final = 0.55
-_MILLION: Final = 1e6
 # Points.
 _MARKER: Final = 9
 _AWAY: Final = 11
@@ -31,10 +41,10 @@ _TURNS: Final = (135, 45, 315, 225, 0, 180, 90, 270)
 
 @dataclass(frozen=True)
 class Measured:
-    """A path as it was ranked: its accuracy in [0, 1], and its multiply-accumulates for one image."""
+    """A path as it was ranked: its accuracy in [0, 1], and what the budget counts of it."""
 
     accuracy: float
-    macs: int
+    cost: float
 
 
 def front_of(paths: Sequence[Measured]) -> list[int]:
@@ -45,18 +55,19 @@ def front_of(paths: Sequence[Measured]) -> list[int]:
     front = [
         place
         for place, path in enumerate(paths)
-        if not any(other.accuracy >= path.accuracy and other.macs <= path.macs and other != path for other in paths)
+        if not any(other.accuracy >= path.accuracy and other.cost <= path.cost and other != path for other in paths)
     ]
-    return sorted(front, key=lambda place: (paths[place].macs, place))
+    return sorted(front, key=lambda place: (paths[place].cost, place))
 
 
-def draw_pareto(paths: Sequence[Measured], budget: tuple[float, float], images: int) -> Figure:
+def draw_pareto(paths: Sequence[Measured], budget: tuple[float, float], images: int, costs: CostAxis = MACS) -> Figure:
     """Draw accuracy against cost of paths, each with its rank, and the line of those that no other one beats.
 
     Args:
         paths: in the order of their ranks, the best first.
-        budget: the least and the most multiply-accumulates that were asked for.
+        budget: the least and the most cost that was asked for.
         images: how many the accuracies were measured on, from which their standard errors follow.
+        costs: what the budget counts.
 
     Returns:
         A figure with the ids (``gid``) ``front`` and ``others`` of the points, ``stairs`` of the line, ``errors`` and
@@ -71,11 +82,10 @@ def draw_pareto(paths: Sequence[Measured], budget: tuple[float, float], images: 
         for path in paths:
             error = math.sqrt(path.accuracy * (1 - path.accuracy) / images)
             ends = [100 * (path.accuracy - error), 100 * (path.accuracy + error)]
-            axes.plot(
-                [path.macs / _MILLION] * 2, ends, color="#b0b0b0", linewidth=1.2, zorder=1, gid="errors", label=meaning
-            )
+            across = [path.cost / costs.scale] * 2
+            axes.plot(across, ends, color="#b0b0b0", linewidth=1.2, zorder=1, gid="errors", label=meaning)
             meaning = None
-        stairs = [_point(paths[position]) for position in front]
+        stairs = [_point(paths[position], costs) for position in front]
         corners = [stairs[0]]
         for (_, below), (right, above) in itertools.pairwise(stairs):
             corners += [(right, below), (right, above)]
@@ -87,7 +97,7 @@ def draw_pareto(paths: Sequence[Measured], budget: tuple[float, float], images: 
         for name, positions, fill, edge, meaning in looks:
             if positions:
                 axes.plot(
-                    *zip(*(_point(paths[position]) for position in positions), strict=True),
+                    *zip(*(_point(paths[position], costs) for position in positions), strict=True),
                     "o",
                     markersize=_MARKER,
                     markerfacecolor=fill,
@@ -97,8 +107,8 @@ def draw_pareto(paths: Sequence[Measured], budget: tuple[float, float], images: 
                     gid=name,
                 )
         for limit in sorted({*budget}):
-            axes.axvline(limit / _MILLION, color=QUIET, linewidth=1, linestyle=(0, (4, 3)), gid="budget")
-        axes.set_xlabel("multiply-accumulates for one image (million; dashed: the budget)")
+            axes.axvline(limit / costs.scale, color=QUIET, linewidth=1, linestyle=(0, (4, 3)), gid="budget")
+        axes.set_xlabel(f"{costs.words} ({costs.unit}; dashed: the budget)")
         axes.set_ylabel("right answers (% of held-out images)")
         axes.set_title("Accuracy against cost of the paths on the board", fontsize=TITLE_SIZE, pad=26)
         axes.legend(
@@ -112,12 +122,12 @@ def draw_pareto(paths: Sequence[Measured], budget: tuple[float, float], images: 
         )
         axes.set_xlim(axes.get_xlim())
         keep_limits(axes)
-        _write_ranks(axes, [_point(path) for path in paths])
+        _write_ranks(axes, [_point(path, costs) for path in paths])
     return figure
 
 
-def _point(path: Measured) -> tuple[float, float]:
-    return path.macs / _MILLION, 100 * path.accuracy
+def _point(path: Measured, costs: CostAxis) -> tuple[float, float]:
+    return path.cost / costs.scale, 100 * path.accuracy
 
 
 def _write_ranks(axes: Axes, points: Sequence[tuple[float, float]]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -51,6 +52,27 @@ _LOOK: Final[dict[Any, Any]] = {
     "text.color": INK,
 }
 _PIXELS_PER_INCH: Final = 150
+
+
+@dataclass(frozen=True)
+class CostAxis:
+    """How a picture shows what the budget counts.
+
+    Attributes:
+        words: what is counted.
+        short: the same in a word or two.
+        unit: in which it is shown.
+        scale: how much of what is counted makes one of the unit.
+    """
+
+    words: str
+    short: str
+    unit: str
+    scale: float
+
+
+MACS: Final = CostAxis("multiply-accumulates for one image", "MACs", "million", 1e6)
+TIME: Final = CostAxis("predicted time of a batch", "predicted time", "ms", 1)
 
 
 @contextmanager

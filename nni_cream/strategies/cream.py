@@ -19,6 +19,7 @@ from nni.nas.space import RawFormatModelSpace
 
 from nni_cream.cost import CostTable, measure_space
 from nni_cream.errors import UserError
+from nni_cream.latency import LatencyBudget
 from nni_cream.strategies.cream_module import CreamLightningModule, CreamSettings
 from nni_cream.supernet.batch_norm import batch_statistics
 from nni_cream.supernet.paths import PathSpace
@@ -47,6 +48,8 @@ class CreamStrategy(OneShotStrategy):
             no probabilities apply to has an even prior.
         teacher: ``"matching"``; ``"top1"``, the best entry with ρ = 0.5; or ``"none"``, plain single-path training.
         flops_range: hard interval of multiply-accumulates for one image; None for no bound.
+        latency: hard interval of predicted time in its place. Time is then also what a cheaper path needs less of,
+            where the board decides by cost.
         label_smoothing: of the cross entropy with the labels.
         meta_interval: steps between two updates of the matching layer.
         matching_lr: learning rate of the matching layer.
@@ -56,6 +59,7 @@ class CreamStrategy(OneShotStrategy):
         mutation_hooks: as in NNI.
 
     Raises:
+        UserError: if both ``flops_range`` and ``latency`` are given.
         UserError: when the search starts, if the interval holds no path, the prior fits no choice, or the space has
             choices that cannot be searched so.
 
@@ -73,6 +77,7 @@ class CreamStrategy(OneShotStrategy):
         prior: Literal["even", "board"] | Sequence[float] | Mapping[str, Sequence[float]] = "even",
         teacher: Literal["matching", "top1", "none"] = "matching",
         flops_range: tuple[float, float] | None = None,
+        latency: LatencyBudget | None = None,
         label_smoothing: float = 0.1,
         meta_interval: int = 200,
         matching_lr: float = 1e-4,
@@ -82,6 +87,8 @@ class CreamStrategy(OneShotStrategy):
         mutation_hooks: list[MutationHook] | None = None,
     ) -> None:
         super().__init__(mutation_hooks=mutation_hooks)
+        if flops_range is not None and latency is not None:
+            raise UserError("CreamStrategy has one budget: give flops_range or latency, not both.")
         self.settings = CreamSettings(
             board_size=board_size,
             board_images=board_images,
@@ -90,6 +97,7 @@ class CreamStrategy(OneShotStrategy):
             prior=prior,
             teacher=teacher,
             flops_range=flops_range,
+            latency=latency,
             label_smoothing=label_smoothing,
             meta_interval=meta_interval,
             matching_lr=matching_lr,

@@ -29,6 +29,7 @@ from nni_cream.board import BoardEntry, BoardHistory, PrioritizedBoard
 from nni_cream.cost import Cost, CostTable
 from nni_cream.distributed import agreed, average_, gathered, mean, processes, total
 from nni_cream.errors import UserError
+from nni_cream.latency import TICKS, LatencyBudget
 from nni_cream.launching import refuse_other_strategies
 from nni_cream.loading import first_batches
 from nni_cream.matching import MatchingLayer, matching_gradient
@@ -45,11 +46,23 @@ _TOP1_WEIGHT = 0.5
 
 @dataclass(frozen=True)
 class RankedPath:
-    """A path after the search: its accuracy in [0, 1] on held-out images with batch norms of its own, and its cost."""
+    """A path after the search.
+
+    Attributes:
+        sample: what NNI calls it.
+        accuracy: in [0, 1] on held-out images, with batch norms of its own.
+        cost: of its network.
+        latency: predicted time in milliseconds for a batch, where the budget is one of time.
+    """
 
     sample: dict[str, Any]
     accuracy: float
     cost: Cost
+    latency: float | None = None
+
+    @property
+    def _order(self) -> tuple[float, float, str]:
+        return (-self.accuracy, self.cost.macs if self.latency is None else self.latency, str(self.sample))
 
 
 @dataclass(frozen=True)
@@ -63,6 +76,7 @@ class CreamSettings:
     prior: Literal["even", "board"] | Sequence[float] | Mapping[str, Sequence[float]]
     teacher: Literal["matching", "top1", "none"]
     flops_range: tuple[float, float] | None
+    latency: LatencyBudget | None
     label_smoothing: float
     meta_interval: int
     matching_lr: float
@@ -110,9 +124,7 @@ class CreamLightningModule(BaseOneShotLightningModule):
         self.ranking: list[RankedPath] = []
         self._ranking_batches = ranking_batches
         self._generator = np.random.default_rng(settings.seed)
-        low, high = settings.flops_range or (table.cheapest, table.dearest)
-        costs = [[cost.macs for cost in self._options(label)] for label in paths.labels]
-        self.sampler = PathSampler(costs, table.fixed.macs, low, high)
+        self.sampler = self._make_sampler()
         self._board_prior: tuple[tuple[BoardEntry, ...], Prior] | None = None
         self._fixed_prior = read_prior(settings.prior, paths)
         # A prior that leaves no path inside the interval is an error now, not after the first image.
@@ -129,13 +141,20 @@ class CreamLightningModule(BaseOneShotLightningModule):
 
     # Paths and their prior.
 
+    def _make_sampler(self) -> PathSampler:
+        if self.settings.latency is not None:
+            return self.settings.latency.sampler(dict(zip(self.paths.labels, self.paths.sizes, strict=True)))
+        low, high = self.settings.flops_range or (self.table.cheapest, self.table.dearest)
+        costs = [[cost.macs for cost in self._options(label)] for label in self.paths.labels]
+        return PathSampler(costs, self.table.fixed.macs, low, high)
+
     def _options(self, label: str) -> Sequence[Cost]:
         # A choice without layers of its own (an InputChoice) costs nothing.
         return self.table.choices.get(label, (Cost(0, 0),) * len(self.paths.values[label]))
 
     @property
     def prior(self) -> Prior:
-        """The probabilities that the next path is drawn from, before the FLOPs interval is imposed."""
+        """The probabilities that the next path is drawn from, before the interval of the budget is imposed."""
         if self.settings.prior != "board":
             return self._fixed_prior
         if self._board_prior is None or self._board_prior[0] is not self.board.entries:
@@ -146,7 +165,7 @@ class CreamLightningModule(BaseOneShotLightningModule):
         activate(self.supernet_modules(), self.paths.to_sample(path))
 
     def resample(self) -> Sample:
-        """Draw a path inside the FLOPs interval and activate it."""
+        """Draw a path inside the interval of the budget and activate it."""
         path = self.sampler.draw(self.prior, self._generator)
         self._activate(path)
         return self.paths.to_sample(path)
@@ -336,11 +355,11 @@ class CreamLightningModule(BaseOneShotLightningModule):
         held_out, targets = self._next_held_out()
         with torch.no_grad(), batch_statistics(self.model):
             score = _percent_correct(self.training_module(held_out), targets)
-        macs = self.sampler.cost(path)
-        if self.board.admits(score, macs):
+        macs, latency = self.cost(path).macs, self.latency(path)
+        if self.board.admits(score, macs if latency is None else latency):
             # The first of all processes' images.
             kept, answers = (gathered(tensor[:count])[:count].clone() for tensor in (images, logits))
-            self.board.add(BoardEntry(path, score, macs, kept, answers.float().softmax(-1)))
+            self.board.add(BoardEntry(path, score, macs, kept, answers.float().softmax(-1), latency))
 
     def _next_held_out(self) -> tuple[Tensor, Tensor]:
         if self._held_out is None:
@@ -429,8 +448,9 @@ class CreamLightningModule(BaseOneShotLightningModule):
             self._activate(entry.path)
             held_out = map(self._moved, self._ranking_batches)
             correct, seen = total(*count_right(self.model, self.training_module, self._calibration_images(), held_out))
-            ranked.append(RankedPath(self.paths.to_sample(entry.path), correct / seen, self.cost(entry.path)))
-        self.ranking = sorted(ranked, key=lambda path: (-path.accuracy, path.cost.macs, str(path.sample)))
+            sample, cost = self.paths.to_sample(entry.path), self.cost(entry.path)
+            ranked.append(RankedPath(sample, correct / seen, cost, self.latency(entry.path)))
+        self.ranking = sorted(ranked, key=lambda path: path._order)
 
     def on_fit_end(self) -> None:
         """Report the best path. The evaluator's own report is of no single path and is left out."""
@@ -440,13 +460,23 @@ class CreamLightningModule(BaseOneShotLightningModule):
         if self.trainer.is_global_zero and self.ranking:
             best = self.ranking[0]
             nni.report_final_result(
-                {"default": best.accuracy, "flops": best.cost.macs, "params": best.cost.params, "path": best.sample}
+                {
+                    "default": best.accuracy,
+                    "flops": best.cost.macs,
+                    "params": best.cost.params,
+                    **({} if best.latency is None else {"latency": best.latency}),
+                    "path": best.sample,
+                }
             )
 
     def cost(self, path: Path) -> Cost:
         """Return what the network of ``path`` costs."""
         chosen = (self._options(label)[i] for label, i in zip(self.paths.labels, path, strict=True))
         return sum(chosen, start=self.table.fixed)
+
+    def latency(self, path: Path) -> float | None:
+        """Return what the network of ``path`` is predicted to take, in milliseconds, where the budget is of time."""
+        return None if self.settings.latency is None else self.sampler.cost(path) / TICKS
 
     def calibrated_network(self, sample: dict[str, Any]) -> nn.Module:
         """Return a copy of the network of ``sample`` with its shared weights and batch-norm statistics of its own."""

@@ -5,7 +5,7 @@ from matplotlib.figure import Figure
 
 from nni_cream.history import Seen
 from nni_cream.plots.board import draw_board
-from nni_cream.plots.style import COLOURS, PALE, QUIET
+from nni_cream.plots.style import COLOURS, PALE, QUIET, TIME
 from tests.plots.reading import assert_readable, lines_of, points_of, texts_of
 
 BUDGET = (2_500_000, 4_000_000)
@@ -55,6 +55,16 @@ def test_axes_have_units_and_the_warm_up_is_marked(figure: Figure) -> None:
     assert [text.get_text() for text in scores.texts].count("warm-up") == 1
     (band,) = scores.patches
     assert (band.get_x(), band.get_width()) == (0.5, 2)  # type: ignore[attr-defined]
+
+
+def test_costs_are_milliseconds_where_the_budget_is_time() -> None:
+    epochs = {1: [Seen("[[0]]", 40.0, 3_000_000, 1.25)], 2: [Seen("[[1]]", 50.0, 2_000_000, 1.5)]}
+    figure = draw_board(epochs, ["[[1]]"], (1.2, 1.6), TIME)
+    assert points_of(figure, "cost-[[0]]") == [[(0.6, 1.25), (1.4, 1.25)]]
+    assert points_of(figure, "cost-[[1]]") == [[(1.6, 1.5), (2.4, 1.5)]]
+    assert [points[0][1] for points in points_of(figure, "budget")] == [1.2, 1.6]
+    assert figure.axes[1].get_ylabel() == "predicted time (ms)"
+    assert_readable(figure)
 
 
 def test_without_a_warm_up_there_is_no_mark() -> None:

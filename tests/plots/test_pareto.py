@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nni_cream.plots.pareto import Measured, draw_pareto, front_of
+from nni_cream.plots.style import TIME
 from tests.plots.reading import assert_readable, points_of, texts_of
 
 PATHS = [Measured(0.95, 3_500_000), Measured(0.94, 3_800_000), Measured(0.9, 2_600_000), Measured(0.85, 2_700_000)]
@@ -23,10 +24,10 @@ def test_the_front_is_what_no_other_beats(paths: list[Measured]) -> None:
     front = front_of(paths)
     assert len(set(front)) == len(front) > 0
     for place, path in enumerate(paths):
-        cheaper_and_as_good = any(o.macs < path.macs and o.accuracy >= path.accuracy for o in paths)
-        better_and_as_cheap = any(o.macs <= path.macs and o.accuracy > path.accuracy for o in paths)
+        cheaper_and_as_good = any(o.cost < path.cost and o.accuracy >= path.accuracy for o in paths)
+        better_and_as_cheap = any(o.cost <= path.cost and o.accuracy > path.accuracy for o in paths)
         assert (place in front) == (not cheaper_and_as_good and not better_and_as_cheap)
-    costs = [paths[place].macs for place in front]
+    costs = [paths[place].cost for place in front]
     assert costs == sorted(costs)
 
 
@@ -43,13 +44,25 @@ def test_points_are_accuracy_in_percent_against_million_macs() -> None:
     assert axes.get_ylabel() == "right answers (% of held-out images)"
 
 
+def test_points_are_accuracy_against_milliseconds_where_the_budget_is_time() -> None:
+    paths = [Measured(0.95, 1.5), Measured(0.9, 1.25), Measured(0.85, 1.375)]
+    figure = draw_pareto(paths, (1.2, 1.6), 400, TIME)
+    (front,), (others,) = points_of(figure, "front"), points_of(figure, "others")
+    assert front == [pytest.approx((1.25, 90)), pytest.approx((1.5, 95))]
+    assert others == [pytest.approx((1.375, 85))]
+    assert [points[0][0] for points in points_of(figure, "budget")] == [1.2, 1.6]
+    assert [points[0][0] for points in points_of(figure, "errors")] == [1.5, 1.25, 1.375]
+    assert figure.axes[0].get_xlabel() == "predicted time of a batch (ms; dashed: the budget)"
+    assert_readable(figure)
+
+
 def test_errors_are_those_of_shares() -> None:
     figure = draw_pareto(PATHS, BUDGET, 400)
     for path, points in zip(PATHS, points_of(figure, "errors"), strict=True):
         error = 100 * math.sqrt(path.accuracy * (1 - path.accuracy) / 400)
         assert points == [
-            pytest.approx((path.macs / 1e6, 100 * path.accuracy - error)),
-            pytest.approx((path.macs / 1e6, 100 * path.accuracy + error)),
+            pytest.approx((path.cost / 1e6, 100 * path.accuracy - error)),
+            pytest.approx((path.cost / 1e6, 100 * path.accuracy + error)),
         ]
     assert "± one standard error of 400 images" in [text.get_text() for text in texts_of(figure)]
 
@@ -58,7 +71,7 @@ def test_every_point_has_its_rank_beside_it() -> None:
     figure = draw_pareto(PATHS, BUDGET, 400)
     ranks = {text.get_text(): text.xy for text in figure.axes[0].texts}  # type: ignore[attr-defined]
     assert ranks == {
-        str(rank): pytest.approx((path.macs / 1e6, 100 * path.accuracy)) for rank, path in enumerate(PATHS, start=1)
+        str(rank): pytest.approx((path.cost / 1e6, 100 * path.accuracy)) for rank, path in enumerate(PATHS, start=1)
     }
 
 
@@ -76,7 +89,7 @@ def test_ranks_of_points_that_are_near_each_other_can_be_told_apart() -> None:
     assert_readable(figure)
     # And stand on no point.
     (axes,) = figure.axes
-    centres = [axes.transData.transform((path.macs / 1e6, 100 * path.accuracy)) for path in paths]
+    centres = [axes.transData.transform((path.cost / 1e6, 100 * path.accuracy)) for path in paths]
     for text, centre in itertools.product(axes.texts, centres):
         extent = text.get_window_extent()
         middle = ((extent.x0 + extent.x1) / 2, (extent.y0 + extent.y1) / 2)

@@ -19,6 +19,7 @@ from torch.utils.data import TensorDataset
 
 import nni_cream
 from nni_cream.errors import UserError
+from tests.latency_tables import made_up
 from tests.trainers import QUIET
 
 CLASSES = 3
@@ -143,9 +144,10 @@ def test_choices_within_choices_are_refused_by_cream_with_the_reason(experiment:
     [
         lambda: CreamStrategy(board_size=7, prior=[0.25, 0.75], teacher="top1", flops_range=(1e6, 2e6), seed=3),
         lambda: CreamStrategy(prior={"stem": [0.5, 0.5]}, warmup_epochs=4),
+        lambda: CreamStrategy(latency=made_up().budget((4, 4, 4, 4, 4), range(6), True, 1, 3.5)),
         lambda: DartsStrategy(order="first", alpha_betas=(0.9, 0.99), skip_limit=2, eigenvalue="rollback"),
     ],
-    ids=["Cream", "Cream, prior by label", "DARTS"],
+    ids=["Cream", "Cream, prior by label", "Cream, budget of time", "DARTS"],
 )
 def test_survives_nnis_serialisation(made: Callable[[], Any]) -> None:
     strategy = made()

@@ -21,6 +21,7 @@ from tests.trials.commands import Began, call, content
 
 RECIPES = REPOSITORY / "experiments" / "recipes"
 COMMANDS = {
+    "measure_latency": REPOSITORY / "tests" / "experiments" / "tiny_recipe.yml",
     "search_cream": REPOSITORY / "tests" / "experiments" / "tiny_recipe.yml",
     "search_darts": RECIPES / "darts_mnist5k.yml",
     "retrain_child": RECIPES / "retrain_mnist5k.yml",

@@ -10,6 +10,7 @@ import pytest
 import yaml
 from PIL import Image
 
+from tests.latency_tables import made_up
 from tests.trials.bad_input.refusals import COMMANDS, base, refused
 from tests.trials.commands import Ended, content
 from tests.trials.processes import SECONDS, command
@@ -41,7 +42,17 @@ CONFLICTS += [
     ["--set", f"data={{name: folder, folder: images/{kind}}}"] for kind in ("none", "one", "empty", "few", "parts")
 ]
 LINES = {
-    "search_cream": [*EVERYWHERE, *OF_RUNS, *CONFLICTS, ["--set", "flop.max=3"], ["--set", "flops.max=nan"]],
+    "search_cream": [
+        *EVERYWHERE,
+        *OF_RUNS,
+        *CONFLICTS,
+        ["--set", "flop.max=3"],
+        ["--set", "flops.max=nan"],
+        *(["--set", f"latency={{table: {table}, max: 3}}"] for table in ("nowhere", "file", ".", "other/recipe.yml")),
+        *(["--set", f"latency={{table: latency.json, {interval}}}"] for interval in ("max: 0.01", "min: 90, max: 99")),
+        ["--set", "latency={table: latency.json, max: 9}", "--set", "data.resolution=64"],
+        ["--set", "latency={table: latency.json, max: 9}", "--set", "space.dil_conv=true"],
+    ],
     "search_darts": [
         *EVERYWHERE,
         *OF_RUNS,
@@ -103,6 +114,19 @@ LINES = {
         *(["--search", "other", "--seeds", *seeds] for seeds in ((), ("x",), ("1", "1"), ("-1",))),
         ["--search", "other", "--seeds", "1", "2", "--set", "seed=3"],
     ],
+    "measure_latency": [
+        *EVERYWHERE,
+        *(["--batch-size", value] for value in ("0", "-1", "x", "1.5", "20000")),
+        *(["--threads", value] for value in ("0", "x", "100000")),
+        *(["--children", value] for value in ("2", "x", "9999")),
+        *(["--classes", value] for value in ("0", "x")),
+        ["--device", "tpu"],
+        ["--precision", "16-mixed"],
+        ["--output", "other"],
+        ["--output", "file/latency.json"],
+        ["--set", "flops.max=0.01"],
+        ["--set", "data={name: folder, folder: nowhere}"],
+    ],
     "make_subimagenet": [
         *([*line] for line in ([], ["a"], ["nowhere", "new"], ["file", "new"], [".", "new"], ["~nobody", "new"])),
         *(
@@ -149,6 +173,7 @@ def test_command_lines(place: Path, name: str) -> None:
     (place / "imagenet/train/cat/2.png").write_bytes(b"")
     (place / "bomb.yml").write_text("trialCommand: !!python/object/apply:os.mkdir [executed]\n", encoding="utf-8")
     (place / "twice.yml").write_text("trialCommand: a\nmaxTrialNumber: 1\ntrialCommand: b\n", encoding="utf-8")
+    made_up().save(place / "latency.json")
     make_images(place / "images")
     for line in LINES[name]:
         given: list[object] = []

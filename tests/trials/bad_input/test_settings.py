@@ -72,6 +72,9 @@ SETTINGS = {
         **COMMON,
         "flops.min": NUMBERS | st.floats(min_value=100, max_value=1e300),
         "flops.max": NUMBERS | st.just(0) | st.floats(min_value=0.01, max_value=1),
+        "latency.table": WORDS | st.just("nowhere.json"),
+        "latency.min": NUMBERS | st.floats(min_value=0.01, max_value=1e300),
+        "latency.max": NUMBERS | st.just(0) | st.floats(min_value=0.01, max_value=1e300),
         "space.dil_conv": SWITCHES,
         "space.resunit": WORDS | st.just(["basic", "none"]),
         "cream.board_size": COUNTS,
@@ -129,6 +132,7 @@ SETTINGS = {
 # Settings of which null is a value, as are lists or other words, are written here.
 NULLABLE = re.compile(
     r"augmentation|data\.(resolution|name|folder|batch_size|workers)|concat|threads|clip|skips|eps|decay|off_epoch"
+    r"|latency\.(table|max)"
 )
 
 
