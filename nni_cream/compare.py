@@ -106,6 +106,15 @@ def random_paths(
     return list(drawn)
 
 
+def kept_table(search: CreamRecipe, directory: RunDirectory) -> LatencyTable | None:
+    """Return the latency table that a finished search has kept to; None of one whose budget was FLOPs.
+
+    Raises:
+        UserError: if it is not there any more, or is none.
+    """
+    return None if search.latency.table is None else LatencyTable.load(directory.latency)
+
+
 def random_samples(
     search: CreamRecipe,
     num_classes: int,

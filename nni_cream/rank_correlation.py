@@ -19,7 +19,7 @@ import torch
 from nni_cream.architecture import CreamPath
 from nni_cream.checkpoints import find_checkpoint
 from nni_cream.child import Candidate, Child, fit_weights
-from nni_cream.compare import PATIENCE, random_samples
+from nni_cream.compare import PATIENCE, kept_table, random_samples
 from nni_cream.errors import UserError
 from nni_cream.genotype import Genotype
 from nni_cream.kendall import LEVEL, Estimate, estimate_difference, estimate_tau, kendall_tau
@@ -96,7 +96,7 @@ class Counts:
 
 
 def draw_samples(searches: Sequence[FinishedSearch], number: int, seed: int) -> dict[CreamPath, dict[str, Any]]:
-    """Draw paths inside the FLOPs interval that all searches have in common, and of each its NNI sample.
+    """Draw paths inside the interval that all searches have in common, and of each its NNI sample.
 
     Args:
         searches: at least one.
@@ -107,20 +107,25 @@ def draw_samples(searches: Sequence[FinishedSearch], number: int, seed: int) -> 
         UserError: if there are hardly so many, or if the searches are not of the same networks and data.
     """
     first, *others = searches
-    samples = random_samples(first.recipe, first.child.num_classes, number, seed)
+    samples = _samples(first, number, seed)
     if len(samples) < number:
         raise UserError(
             f"--paths is {number}, but among {PATIENCE} draws there are {len(samples)} different paths: ask for fewer."
         )
     for other in others:
         same_data = _images(other) == _images(first)
-        if not same_data or random_samples(other.recipe, other.child.num_classes, number, seed) != samples:
+        if not same_data or _samples(other, number, seed) != samples:
             what = "paths" if same_data else "images"
             raise UserError(
                 f"{other.directory.path} is a search of other {what} than {first.directory.path}, so that they cannot "
-                "be compared; give searches with the same data, space, resolution and flops."
+                "be compared; give searches with the same data, space, resolution and budget."
             )
     return samples
+
+
+def _samples(search: FinishedSearch, number: int, seed: int) -> dict[CreamPath, dict[str, Any]]:
+    latency = kept_table(search.recipe, search.directory)
+    return random_samples(search.recipe, search.child.num_classes, number, seed, latency=latency)
 
 
 def _images(search: FinishedSearch) -> tuple[Any, ...]:

@@ -59,11 +59,9 @@ def main() -> None:
     search = None if genotype else load_recipe(CreamRecipe, file.with_name("recipe.yml"), {})
     folder = RunDirectory.for_run(recipe.name, arguments.output).path
 
-    from nni_cream.compare import compare, line_up, table
-    from nni_cream.latency import LatencyTable
+    from nni_cream.compare import compare, kept_table, line_up, table
 
-    timed = search is not None and search.latency.table is not None
-    latency = LatencyTable.load(RunDirectory(file.parent).latency) if timed else None
+    latency = None if search is None else kept_table(search, RunDirectory(file.parent))
     contestants = line_up(child, search, data.resolution, arguments.random, arguments.networks, 0, latency)
     rows = compare(recipe, contestants, arguments.seeds, folder)
     print(f"folder: {folder.resolve()}")
