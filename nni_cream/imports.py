@@ -25,7 +25,7 @@ def import_file(name: str) -> Path:
         return file
     if file.suffix != ".py" or not file.is_file():
         raise UserError(f"--import names {name}, which is no Python file; give the .py file with your operations.")
-    if not file.stem.isidentifier():
+    if not file.stem.isidentifier() or file.stem.startswith("__"):
         raise UserError(f"--import names {name}, but a module cannot be called {file.stem!r}; rename the file.")
     known = importlib.util.find_spec(file.stem)
     if known is not None and (known.origin is None or Path(known.origin).resolve() != file):

@@ -62,6 +62,7 @@ def test_a_file_on_the_path_is_not_another_module(monkeypatch: pytest.MonkeyPatc
         ("absent.py", None, "--import names absent.py, which is no Python file; give the .py file with"),
         ("notes.txt", "", "--import names notes.txt, which is no Python file;"),
         ("of-mine.py", "", "--import names of-mine.py, but a module cannot be called 'of-mine'; rename the file."),
+        ("__main__.py", "", "but a module cannot be called '__main__'; rename the file."),
         ("torch.py", "", "--import names torch.py, but there is another module 'torch'; rename the file."),
         ("colorsys.py", "", "there is another module 'colorsys'"),
         (
