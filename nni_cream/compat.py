@@ -13,6 +13,9 @@ NNI's false warnings  NNI 3.0 wraps every class in ``torch.nn`` and warns of the
 NNI's unread answers  NNI 3.0's trials look at no answer of the manager, so that  NNI's ``HttpChannel.send`` raises
                       a metric sent while it shuts down is lost, and they wait    for a refusal
                       for one without end.
+NNI's strategies      NNI 3.0 imports ``nni.nas.strategy`` in the middle of       NNI imports both in either order
+                      ``nni.nas.oneshot.pytorch.strategy``: where the latter is
+                      first, DARTS, ENAS and others fail as soon as they run.
 NNI's TensorBoard     The button of NNI 3.0's web UI starts TensorBoard on a      the button opens
                       folder that local trials are not told of.                   ``$NNI_OUTPUT_DIR/tensorboard``
 ====================  ==========================================================  =================================
@@ -59,6 +62,7 @@ def install() -> None:
         module=r"nni\.nas\.nn\.pytorch\.layers",
     )
     wrapt.register_post_import_hook(_after_torch, "torch")
+    wrapt.register_post_import_hook(_after_oneshot, "nni.nas.oneshot.pytorch")
 
 
 def declare_torchvision_operators() -> None:
@@ -116,3 +120,8 @@ def link_tensorboard(directory: Path) -> None:
 
 def _after_torch(_torch: ModuleType) -> None:
     declare_torchvision_operators()
+
+
+def _after_oneshot(_oneshot: ModuleType) -> None:
+    # Its submodule, which imports that one too early, comes after it.
+    import nni.nas.strategy  # noqa: F401

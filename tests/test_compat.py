@@ -44,6 +44,18 @@ class TestTorchvision:
         assert (done.stdout, done.stderr) == ("works\n", "")
 
 
+@pytest.mark.slow
+def test_nnis_own_strategies_are_there_whatever_is_imported_first() -> None:
+    script = """
+import nni_cream
+import nni.nas.oneshot.pytorch.strategy
+from nni.nas.strategy import DARTS, ENAS
+print(DARTS.__module__, ENAS.__module__)
+"""
+    done = run(script, autoload=False)
+    assert done.stdout == "nni.nas.oneshot.pytorch.strategy nni.nas.oneshot.pytorch.strategy\n", done.stderr
+
+
 class FakeLibrary:
     made: list[FakeLibrary]
 

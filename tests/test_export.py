@@ -30,7 +30,7 @@ from nni_cream.export import (
     print_exported,
 )
 from nni_cream.genotype import Genotype
-from nni_cream.models import cream, darts
+from nni_cream.models import cream, darts_published
 
 PATH = CreamPath.parse("[0] [0] [1,6] [2] [8] [3,9] [0]")
 EDGES = (("sep_conv_3x3", 1), ("skip_connect", 0), ("max_pool_3x3", 0), ("dil_conv_3x3", 2))
@@ -317,7 +317,7 @@ def test_what_was_written_is_told(child: Path, capsys: pytest.CaptureFixture[str
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [*cream.PUBLISHED, *darts.PUBLISHED])
+@pytest.mark.parametrize("name", [*cream.PUBLISHED, *darts_published.PUBLISHED])
 def test_every_published_network_can_be_written_as_onnx(name: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     size = 16 if name.endswith("cifar10") else 64

@@ -13,7 +13,9 @@ from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 
 from nni_cream.genotype import PUBLISHED_GENOTYPES, Genotype
-from nni_cream.models.darts import DartsNetwork, Stem, checkpoint_filter_fn
+
+# The module, not what is in it: where that one is imported first, timm registers the networks here in the middle of it.
+from nni_cream.models import darts
 
 
 @dataclass(frozen=True)
@@ -21,12 +23,12 @@ class PublishedNetwork:
     """A network of the paper: its cells and its size."""
 
     genotype: Genotype
-    stem: Stem
+    stem: darts.Stem
     channels: int
     cells: int
 
 
-_SIZES: Final[tuple[tuple[str, Stem, int, int], ...]] = (
+_SIZES: Final[tuple[tuple[str, darts.Stem, int, int], ...]] = (
     ("cifar10", "cifar", 36, 20),
     ("imagenet", "imagenet", 48, 14),
 )
@@ -42,7 +44,7 @@ PUBLISHED: Final[dict[str, PublishedNetwork]] = {
     )
 }
 
-_CONFIGURATIONS: Final[dict[Stem, dict[str, Any]]] = {
+_CONFIGURATIONS: Final[dict[darts.Stem, dict[str, Any]]] = {
     "cifar": {
         "num_classes": 10,
         "input_size": (3, 32, 32),
@@ -77,7 +79,7 @@ default_cfgs = generate_default_cfgs(
 )
 
 
-def _published(variant: str, pretrained: bool, **kwargs: Any) -> DartsNetwork:
+def _published(variant: str, pretrained: bool, **kwargs: Any) -> darts.DartsNetwork:
     network = PUBLISHED[variant]
     levels = 3 if network.stem == "cifar" else 5
     arguments = {
@@ -86,11 +88,11 @@ def _published(variant: str, pretrained: bool, **kwargs: Any) -> DartsNetwork:
         "cells": network.cells,
         "stem": network.stem,
     }
-    model: DartsNetwork = build_model_with_cfg(
-        DartsNetwork,
+    model: darts.DartsNetwork = build_model_with_cfg(
+        darts.DartsNetwork,
         variant,
         pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
+        pretrained_filter_fn=darts.checkpoint_filter_fn,
         feature_cfg={"feature_cls": "getter", "out_indices": tuple(range(levels))},
         **{**arguments, **kwargs},
     )
@@ -98,48 +100,48 @@ def _published(variant: str, pretrained: bool, **kwargs: Any) -> DartsNetwork:
 
 
 @register_model
-def darts_v1_cifar10(pretrained: bool = False, **kwargs: Any) -> DartsNetwork:
+def darts_v1_cifar10(pretrained: bool = False, **kwargs: Any) -> darts.DartsNetwork:
     """Build the CIFAR-10 network of the cells found with the first-order gradient (32 px, 3.17 M parameters)."""
     return _published("darts_v1_cifar10", pretrained, **kwargs)
 
 
 @register_model
-def darts_v2_cifar10(pretrained: bool = False, **kwargs: Any) -> DartsNetwork:
+def darts_v2_cifar10(pretrained: bool = False, **kwargs: Any) -> darts.DartsNetwork:
     """Build the CIFAR-10 network of the cells found with the second-order gradient (32 px, 3.35 M parameters)."""
     return _published("darts_v2_cifar10", pretrained, **kwargs)
 
 
 @register_model
-def darts_nasnet_cifar10(pretrained: bool = False, **kwargs: Any) -> DartsNetwork:
+def darts_nasnet_cifar10(pretrained: bool = False, **kwargs: Any) -> darts.DartsNetwork:
     """Build the CIFAR-10 network of NASNet-A's cells as DARTS trains them (32 px, 3.83 M parameters)."""
     return _published("darts_nasnet_cifar10", pretrained, **kwargs)
 
 
 @register_model
-def darts_amoebanet_cifar10(pretrained: bool = False, **kwargs: Any) -> DartsNetwork:
+def darts_amoebanet_cifar10(pretrained: bool = False, **kwargs: Any) -> darts.DartsNetwork:
     """Build the CIFAR-10 network of AmoebaNet-A's cells as DARTS trains them (32 px, 3.15 M parameters)."""
     return _published("darts_amoebanet_cifar10", pretrained, **kwargs)
 
 
 @register_model
-def darts_v1_imagenet(pretrained: bool = False, **kwargs: Any) -> DartsNetwork:
+def darts_v1_imagenet(pretrained: bool = False, **kwargs: Any) -> darts.DartsNetwork:
     """Build the ImageNet network of the cells found with the first-order gradient (224 px, 4.51 M parameters)."""
     return _published("darts_v1_imagenet", pretrained, **kwargs)
 
 
 @register_model
-def darts_v2_imagenet(pretrained: bool = False, **kwargs: Any) -> DartsNetwork:
+def darts_v2_imagenet(pretrained: bool = False, **kwargs: Any) -> darts.DartsNetwork:
     """Build the ImageNet network of the cells found with the second-order gradient (224 px, 4.72 M parameters)."""
     return _published("darts_v2_imagenet", pretrained, **kwargs)
 
 
 @register_model
-def darts_nasnet_imagenet(pretrained: bool = False, **kwargs: Any) -> DartsNetwork:
+def darts_nasnet_imagenet(pretrained: bool = False, **kwargs: Any) -> darts.DartsNetwork:
     """Build the ImageNet network of NASNet-A's cells as DARTS trains them (224 px, 5.56 M parameters)."""
     return _published("darts_nasnet_imagenet", pretrained, **kwargs)
 
 
 @register_model
-def darts_amoebanet_imagenet(pretrained: bool = False, **kwargs: Any) -> DartsNetwork:
+def darts_amoebanet_imagenet(pretrained: bool = False, **kwargs: Any) -> darts.DartsNetwork:
     """Build the ImageNet network of AmoebaNet-A's cells as DARTS trains them (224 px, 4.63 M parameters)."""
     return _published("darts_amoebanet_imagenet", pretrained, **kwargs)
