@@ -338,11 +338,13 @@ def _table_of_searches(
     differences: Sequence[Estimate],
     seeds: float | None,
 ) -> str:
-    lines = [f"| search | paths | Kendall's τ [{LEVEL} % interval] | more than {names[0]} |", "|---|---|---|---|"]
+    several = len(names) > 1
+    header, more = f"| search | paths | Kendall's τ [{LEVEL} % interval] |", f" difference to {names[0]} |"
+    lines = [header + more * several, "|---|---|---|" + "---|" * several]
     for name, estimate, difference in zip(names, estimates, ["", *differences], strict=True):
-        lines.append(f"| {name} | {paths} | {estimate} | {difference} |")
+        lines.append(f"| {name} | {paths} | {estimate} |" + f" {difference} |" * several)
     if seeds is not None:
-        lines.append(f"| one seed of the trainings against another | {paths} | {seeds:.2f} | |")
+        lines.append(f"| one seed of the trainings against another | {paths} | {seeds:.2f} |" + " |" * several)
     return "\n".join(lines) + "\n"
 
 

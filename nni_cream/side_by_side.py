@@ -13,8 +13,8 @@ import signal
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -113,13 +113,14 @@ def _silence() -> Iterator[None]:
 def _train_in_processes(trainings: Sequence[Training], workers: int) -> None:
     # Not forked: torch's threads do not survive that.
     context = multiprocessing.get_context("spawn")
-    failures: Any = context.SimpleQueue()
+    # Not queues, whose semaphores would be left over where this process is ended by a signal.
+    pipes = [context.Pipe(duplex=False) for _ in range(workers)]
     processes = []
-    for worker in range(workers):
+    for worker, (_, sender) in enumerate(pipes):
         own = trainings[worker::workers]
         # Then what the others have not come to yet, from their end.
         others = [training for training in reversed(trainings) if training not in own]
-        processes.append(context.Process(target=_work, args=([*own, *others], workers, failures)))
+        processes.append(context.Process(target=_work, args=([*own, *others], workers, sender)))
     try:
         # While they import they would answer Ctrl-C with a traceback; what is ignored now they ignore until then.
         before = signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -132,22 +133,27 @@ def _train_in_processes(trainings: Sequence[Training], workers: int) -> None:
             process.join()
     finally:
         # When this process is interrupted: they write a checkpoint, and end.
-        for process in processes:
-            if process.is_alive():
-                process.terminate()
-                process.join()
-    if not failures.empty():
-        raise failures.get()
+        alive = [process for process in processes if process.is_alive()]
+        for process in alive:
+            process.terminate()
+        for process in alive:
+            process.join()
+    for receiver, _ in pipes:
+        if receiver.poll():
+            raise receiver.recv()
     if any(process.exitcode for process in processes):
-        raise TrainingError("A process that trained has failed, as it says above; the same command goes on.")
+        raise TrainingError(
+            "A process ended before its trainings, for the reason above if it gave one; the same command goes on where "
+            "they were."
+        )
 
 
-def _work(trainings: Sequence[Training], workers: int, failures: Any) -> None:
+def _work(trainings: Sequence[Training], workers: int, failures: Connection) -> None:
     def train() -> None:
         try:
             _train_in_turn(trainings, quiet=True)
         except (UserError, TrainingError) as error:
-            failures.put(error)
+            failures.send(error)
             sys.exit(1)
         finally:
             if interruption.received() is not None:

@@ -39,6 +39,8 @@ def _stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Trainings that take a moment; those of ``broken`` and ``diverging`` fail."""
 
     def retrain(recipe: RetrainRecipe, candidate: Candidate, directory: RunDirectory) -> float:
+        with (tmp_path / "begun").open("a") as begun:
+            begun.write(f"{candidate.name}\n")
         directory.begin("epochs: 2\n", 0)
         print("epoch 1")
         time.sleep(0.05)
@@ -108,8 +110,24 @@ def test_what_is_wrong_with_one_is_said_once_when_the_others_have_ended(
 
 def test_a_process_that_dies_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module_under_test, "retrain", lambda *_: os._exit(3))
-    with pytest.raises(TrainingError, match="A process that trained has failed, as it says above"):
+    with pytest.raises(TrainingError, match="A process ended before its trainings"):
         train_all(trainings(tmp_path, 2), workers=2)
+
+
+def test_without_the_process_that_waits_no_further_training_begins(tmp_path: Path) -> None:
+    plan = trainings(tmp_path, 60)
+    process = multiprocessing.get_context("fork").Process(target=train_all, args=(plan, 2))
+    process.start()
+    deadline = time.monotonic() + 60
+    while len(trained(tmp_path)) < 3:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.kill()
+    process.join()
+    before = -1
+    while before != (before := len(trained(tmp_path))):
+        time.sleep(1)
+    assert 3 <= before < 60
 
 
 def _own(folder: Path, ready: Any, done: Any) -> None:
@@ -134,6 +152,7 @@ def test_what_others_are_at_is_left_to_them(tmp_path: Path, workers: int) -> Non
         done.set()
         other.join()
     assert sorted(line.split()[0] for line in trained(tmp_path)) == ["network0", "network2"]
+    assert "network1" not in (tmp_path / "begun").read_text()
     # When they have not ended it, somebody has to.
     train_all(plan, workers)
     assert trained(tmp_path)[-1].startswith("network1 ")
