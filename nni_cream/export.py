@@ -6,10 +6,12 @@ batches of two sizes. It says what it is of and how images are prepared for it.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
+import logging
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -108,7 +110,7 @@ def export_checkpoint(
 
     images = check_images(prepared)
     notes = _notes(checkpoint, prepared)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _errors_only("torch.onnx", "onnxscript"):
         # What PyTorch's exporters say of their own code, and that sizes become constants, as they should.
         for category in (DeprecationWarning, FutureWarning, torch.jit.TracerWarning):  # type: ignore[attr-defined]
             warnings.simplefilter("ignore", category)
@@ -129,6 +131,20 @@ def export_checkpoint(
         opset=found,
         difference=difference,
     )
+
+
+@contextlib.contextmanager
+def _errors_only(*names: str) -> Iterator[None]:
+    # They warn of an opset that they cannot write, and then write another: that is told in one sentence here.
+    loggers = [logging.getLogger(name) for name in names]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def print_exported(exported: Exported) -> None:

@@ -18,7 +18,7 @@ from pydantic import Field, ValidationError, model_validator
 from nni_cream.architecture import CreamPath, block_label
 from nni_cream.description import describe_operation
 from nni_cream.errors import UserError
-from nni_cream.models.cream import STAGES
+from nni_cream.models.cream import FIRST_OWN_NUMBER, OPERATIONS, STAGES
 from nni_cream.recipe import PositiveFloat, PositiveInt, Resolution, Settings, complaint
 from nni_cream.runs import read_json, write_json
 from nni_cream.sampling import CostUnit, PathSampler
@@ -198,6 +198,10 @@ class LatencyTable(Settings):
     def _is_complete(self) -> LatencyTable:
         if len(set(self.operations)) != len(self.operations):
             raise ValueError(f"operations are {list(self.operations)}, but each should be there once")
+        # Those of the user's own need not be registered where the table is read.
+        unknown = [number for number in self.operations if len(OPERATIONS) <= number < FIRST_OWN_NUMBER]
+        if unknown:
+            raise ValueError(f"operations are {list(self.operations)}, but there is none of number {unknown[0]}")
         if len(self.milliseconds.stages) != len(STAGES):
             raise ValueError(f"there are {len(self.milliseconds.stages)} stages, but there should be {len(STAGES)}")
         for number, stage in enumerate(self.milliseconds.stages, start=1):

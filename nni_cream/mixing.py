@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import numpy as np
 from timm.data.mixup import Mixup, mixup_target
 from torch import Tensor
 
-from nni_cream.distributed import gathered, processes
+from nni_cream.distributed import agreed, gathered, processes
 from nni_cream.ranks import rank
 
 
 class Mixing:
     """Mixes the images of a batch, the first with the last and so on, as ``timm.data.Mixup`` does for a whole batch.
 
-    What is drawn comes from NumPy's stream, which checkpoints have. Several processes, whose streams begin alike, mix
-    the batch that they share, as one process would.
+    What is drawn comes from NumPy's stream, which checkpoints have. Several processes mix the batch that they share, as
+    the first of them would by itself.
 
     Args:
         num_classes: number of classes.
@@ -61,6 +62,8 @@ class Mixing:
         """
         if self._off_epoch is not None and epoch >= self._off_epoch:
             return images, mixup_target(labels, self._num_classes, 1.0, self._label_smoothing)
+        # The parts of a batch that was mixed in two ways are no batch.
+        np.random.set_state(agreed(np.random.get_state()))
         mixed, targets = self._mix(gathered(images), gathered(labels))
         own = slice(rank() * len(images), (rank() + 1) * len(images)) if processes() > 1 else slice(None)
         return mixed[own], targets[own]

@@ -225,9 +225,9 @@ def cream(**settings: Any) -> Any:
     return found
 
 
-def training(**arguments: Any) -> Any:
+def training(stream: int = 9, **arguments: Any) -> Any:
     torch.manual_seed(9)
-    np.random.seed(9)
+    np.random.seed(stream)
     module, watcher = ImageClassifier(CLASSES, SGD, SCHEDULE, label_smoothing=0.1, **arguments), Watcher()
     module.set_model(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(64, 3)))
     lightning = trainer(2, watcher)
@@ -254,7 +254,9 @@ SCENARIOS: dict[str, Callable[[], Any]] = {
     "cream, large slices": lambda: cream(board_images=6),
     "cream top1": lambda: cream(board_images=8, teacher="top1", prior="board"),
     "training": training,
+    # The further processes' own streams of numbers do not count.
     "training, mixed and averaged": lambda: training(
+        stream=9 + rank(),
         mixing=Mixing(CLASSES, mixup=0.5, cutmix=1.0, label_smoothing=0.1, off_epoch=1),
         ema={"decay": 0.8, "use_warmup": True},
     ),

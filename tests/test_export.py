@@ -47,6 +47,9 @@ def with_opinions(network: nn.Module, size: int) -> Any:
     for norm in network.modules():
         if isinstance(norm, nn.BatchNorm2d):
             norm.momentum = None
+            # Most activations let most through, as if trained: in random networks each layer makes rounding larger.
+            if norm.affine:
+                nn.init.ones_(norm.bias)
     with torch.no_grad():
         # Of photographs too: where a norm has seen hardly any variance, it makes the rounding of others large.
         network.train()(torch.cat([check_images(preparation("folder", size)), torch.randn(8, 3, size, size)]))

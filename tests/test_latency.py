@@ -111,7 +111,8 @@ class TestFile:
                 lambda c: c["milliseconds"]["stages"][1]["further"].pop(),
                 "stage 2 has 5 times of its further block, but",
             ),
-            (lambda c: c["operations"].__setitem__(1, 10), "'operations[1]' is 10, but should be less than 10."),
+            (lambda c: c["operations"].__setitem__(1, -1), "'operations[1]' is -1, but should be greater than"),
+            (lambda c: c["operations"].__setitem__(1, 10), "4, 5], but there is none of number 10."),
             (
                 lambda c: c["operations"].__setitem__(1, 0),
                 "operations are [0, 0, 2, 3, 4, 5], but each should be there",

@@ -175,19 +175,22 @@ class TestFirstBatches:
         assert not same(loaded(itertools.islice(used, 3)), loaded(first_batches(used, 3, epoch=8)))
 
 
+def started(images: LabelledImages) -> tuple[Any, psutil.Process]:
+    """Batches of which one has been loaded, and the process that loads them."""
+    batches = iter(Batches(images, [[i] for i in range(40)], workers=1))
+    next(batches)
+    return batches, psutil.Process(batches._workers[0].pid)
+
+
 class TestSignals:
     def test_ctrl_c_is_left_to_the_main_process(self, images: LabelledImages) -> None:
-        batches = iter(Batches(images, [[i] for i in range(40)], workers=1))
-        next(batches)
-        (worker,) = psutil.Process().children()
+        batches, worker = started(images)
         worker.send_signal(signal.SIGINT)
         assert len(list(batches)) == 39
         assert worker.is_running()
 
     def test_a_worker_can_be_ended(self, images: LabelledImages) -> None:
-        batches = iter(Batches(images, [[i] for i in range(40)], workers=1))
-        next(batches)
-        (worker,) = psutil.Process().children()
+        batches, worker = started(images)
         worker.terminate()
         with pytest.raises(RuntimeError, match=r"exited unexpectedly|is killed by signal"):
             list(batches)
