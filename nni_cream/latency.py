@@ -54,7 +54,8 @@ class Conditions(Settings):
     torch: str
 
     def __str__(self) -> str:
-        where = f"{self.name}, {self.threads} threads" if self.device == "cpu" else self.name
+        threads = "1 thread" if self.threads == 1 else f"{self.threads} threads"
+        where = f"{self.name}, {threads}" if self.device == "cpu" else self.name
         return f"a batch of {self.batch_size} on {where}, {self.precision}, torch {self.torch}"
 
 

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Callable
 from decimal import Decimal
+from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -23,6 +24,7 @@ from tests.latency_tables import made_up
 TABLE = made_up()
 
 
+@cache
 def space_of(depths: tuple[int, ...], **options: Any) -> CreamSpace:
     with torch.device("meta"):
         return CreamSpace(depths, 10, **options)
@@ -241,6 +243,13 @@ class TestDraws:
         for time in sorted(set(self.TIMES.values()))[:: len(EVERY) // 7]:
             inside = {path for path, other in self.TIMES.items() if other == time}
             assert self.drawn(float(time), float(time), 20) <= inside
+
+    def test_an_end_that_no_binary_fraction_is_belongs_to_it_too(self) -> None:
+        awkward = [n / 10_000 for n in range(1, 30_000) if n / 10_000 * 10_000 != n]
+        assert len(awkward) > 100
+        for time in awkward[:300]:
+            budget = LatencyBudget({"only": (time,)}, 0, time, time)
+            assert budget.sampler({"only": 1}).draw([[1.0]], np.random.default_rng(0)) == (0,)
 
     def test_a_gap_between_paths_is_named_in_milliseconds(self) -> None:
         ordered = sorted(set(self.TIMES.values()))

@@ -2,9 +2,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from itertools import groupby
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -26,6 +27,7 @@ CLASSES = 7
 OPTIONS: dict[str, Any] = {"dil_conv": True, "resunit": ("basic",), "skip": True}
 
 
+@cache
 def space(**options: Any) -> CreamSpace:
     with torch.device("meta"):
         return CreamSpace((1, 2, 3, 1, 2), CLASSES, **options)
@@ -60,14 +62,13 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> Watched:
 class TestParts:
     """If time were multiply-accumulates, whole networks would take exactly the sum of their parts."""
 
-    @pytest.mark.parametrize("resolution", [32, 40])
-    @pytest.mark.parametrize("options", [{}, OPTIONS], ids=str)
+    @pytest.mark.parametrize(("options", "resolution"), [({}, 32), (OPTIONS, 40)], ids=str)
     def test_add_up_to_whole_networks(self, watched: Watched, options: dict[str, Any], resolution: int) -> None:
-        table = measure_latency(space(**options), resolution, networks=5)
+        table = measure_latency(space(**options), resolution, networks=3)
         assert table.calibration.scale == 1
         assert (table.validation.mean_error, table.validation.kendall) == (0, pytest.approx(1))
         networks = [*table.calibration.networks, *table.validation.networks]
-        assert len({network.path for network in networks}) == 10
+        assert len({network.path for network in networks}) == 6
         for network in networks:
             built = build_network(network.path, CLASSES, {})
             cost = measure_network(built, resolution).macs / 10_000
@@ -126,12 +127,13 @@ class TestConditions:
 
 class TestRandomNetworks:
     def test_are_different_ones_of_the_space_and_follow_from_the_seed(self) -> None:
-        found = random_networks(space(**OPTIONS), 200, 0)
-        assert len(set(found)) == 200
-        assert random_networks(space(**OPTIONS), 200, 0) == found
-        assert random_networks(space(**OPTIONS), 200, 1) != found
+        found = random_networks(space(**OPTIONS), 80, 0)
+        assert len(set(found)) == 80
+        assert random_networks(space(**OPTIONS), 80, 0) == found
+        assert random_networks(space(**OPTIONS), 80, 1) != found
         blocks = [[len(path.stages[stage]) for path in found] for stage in range(7)]
-        assert [set(numbers) for numbers in blocks] == [{1}, {1}, {1, 2}, {1, 2, 3}, {1}, {1, 2}, {1}]
+        assert [max(numbers) for numbers in blocks] == [1, 1, 2, 3, 1, 2, 1]
+        assert [min(numbers) for numbers in blocks][2] == 1
         assert {choice for path in found for stage in path.stages for choice in stage} == {0, 1, 2, 3, 4, 5, 6, 7, 9}
 
 
@@ -141,22 +143,30 @@ class TestClock:
         monkeypatch.setattr(timing, "ROUNDS", 5)
         monkeypatch.setattr(timing, "SECONDS", 0.01)
 
-    def test_tells_milliseconds_whatever_disturbs_a_round(self) -> None:
-        calls: list[int] = []
-
-        def disturbed() -> None:
-            calls.append(1)
-            time.sleep(0.1 if len(calls) in (40, 41) else 0.002)
-
-        quick, slow, odd = median_milliseconds(
-            [partial(time.sleep, 0.001), partial(time.sleep, 0.004), disturbed], threads=1
-        )
+    def test_tells_milliseconds(self) -> None:
+        quick, slow = median_milliseconds([partial(time.sleep, 0.001), partial(time.sleep, 0.004)], threads=1)
         # A busy machine wakes later, never earlier.
         assert quick >= 1
         assert slow >= 4
-        assert odd >= 2
-        assert odd < 20
         assert quick < slow
+
+    def test_is_not_moved_by_what_disturbs_two_rounds_of_five(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        class Scripted:
+            """A timer of torch's; it takes 0.5 ms for a run before the rounds."""
+
+            def __init__(self, work: str, globals: dict[str, Any], num_threads: int) -> None:
+                self.rounds = iter(globals["work"])
+
+            def blocked_autorange(self, min_run_time: float) -> SimpleNamespace:
+                return SimpleNamespace(median=0.0005)
+
+            def timeit(self, number: int) -> SimpleNamespace:
+                assert number == 20
+                return SimpleNamespace(mean=next(self.rounds))
+
+        monkeypatch.setattr(timing, "Timer", Scripted)
+        works: Any = [[0.001, 0.001, 0.5, 0.002, 0.7], [0.003, 0.004, 9.0, 8.0, 0.003]]
+        assert median_milliseconds(works, threads=1) == [2.0, 4.0]
 
     def test_goes_through_all_in_every_round(self) -> None:
         order: list[int] = []
@@ -217,5 +227,5 @@ def test_what_a_person_is_told(watched: Watched, capsys: pytest.CaptureFixture[s
     macs = measure_space(supernet, (3, 32, 32))
     shown = f"paths:     {macs.cheapest / 1e4:.3f} ms to {macs.dearest / 1e4:.3f} ms, for a batch of 1 on "
     assert paths.startswith(shown)
-    assert paths.endswith(f", 1 threads, 32-true, torch {torch.__version__}")
+    assert paths.endswith(f", 1 thread, 32-true, torch {torch.__version__}")
     assert file == "table:     latency.json"
