@@ -6,6 +6,7 @@ from typing import Any
 
 from pytorch_lightning.overrides.distributed import _sync_module_states
 from pytorch_lightning.strategies import DDPStrategy
+from pytorch_lightning.utilities.seed import isolate_rng
 from torch import Tensor
 
 from nni_cream.distributed import average_
@@ -23,6 +24,12 @@ class SharedBatch(DDPStrategy):
     Give it to a ``Trainer`` as ``strategy``, with ``use_distributed_sampler=False`` where the loaders divide the
     batches themselves (:class:`nni_cream.shards.Shards`).
     """
+
+    def setup_distributed(self) -> None:
+        """Join the other processes."""
+        # Lightning seeds every process a second time here, after networks have been built: one process goes on drawing.
+        with isolate_rng():
+            super().setup_distributed()
 
     def _get_process_group_backend(self) -> str:
         backend = super()._get_process_group_backend()
