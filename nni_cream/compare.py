@@ -198,12 +198,16 @@ def random_genotypes(child: Child, number: int, seed: int) -> list[Genotype]:
     ]
 
 
-def nearest_network(flops: int, resolution: int, names: Sequence[str] = MOBILE) -> str:
-    """Return the network of timm's whose multiply-accumulates at ``resolution`` pixels are nearest to ``flops``."""
+def nearest_network(flops: int, num_classes: int, resolution: int, names: Sequence[str] = MOBILE) -> str:
+    """Return the network of timm's whose multiply-accumulates at ``resolution`` pixels are nearest to ``flops``.
+
+    By their ratio, and with the classifier that it is trained with: at low resolutions a thousand classes would be a
+    third of the cost.
+    """
 
     def distance(name: str) -> float:
         with torch.device("meta"):
-            network = create_timm_model(name)
+            network = create_timm_model(name, num_classes=num_classes)
         return abs(math.log(measure_network(network, resolution).macs / flops))
 
     return min(names, key=distance)
@@ -239,7 +243,7 @@ def line_up(
         assert search is not None
         others = random_paths(search, child.num_classes, number, child.architecture, seed, latency)
     if networks is None:
-        networks = [nearest_network(max(1, child.flops), resolution), REFERENCE]
+        networks = [nearest_network(max(1, child.flops), child.num_classes, resolution), REFERENCE]
     return [
         Contestant(FOUND, "found", str(child.architecture)),
         *(Contestant(RANDOM, f"random{i}", str(other)) for i, other in enumerate(others, start=1)),

@@ -94,18 +94,25 @@ def test_random_genotypes_are_of_the_space_of_the_search() -> None:
 
 @pytest.mark.parametrize("resolution", [32, 64])
 def test_the_nearest_network_is_nearest_in_cost(resolution: int) -> None:
-    costs = {name: measure_network(timm.create_model(name), resolution).macs for name in MOBILE[:3]}
+    costs = {name: measure_network(timm.create_model(name, num_classes=10), resolution).macs for name in MOBILE[:3]}
     assert costs[MOBILE[0]] < costs[MOBILE[1]] < costs[MOBILE[2]]
     for name, cost in costs.items():
-        assert nearest_network(cost, resolution, MOBILE[:3]) == name
+        assert nearest_network(cost, 10, resolution, MOBILE[:3]) == name
     # By their ratio: the geometric mean is as near to both.
     middle = math.sqrt(costs[MOBILE[0]] * costs[MOBILE[1]])
-    assert nearest_network(int(middle * 0.99), resolution, MOBILE[:3]) == MOBILE[0]
-    assert nearest_network(int(middle * 1.01), resolution, MOBILE[:3]) == MOBILE[1]
+    assert nearest_network(int(middle * 0.99), 10, resolution, MOBILE[:3]) == MOBILE[0]
+    assert nearest_network(int(middle * 1.01), 10, resolution, MOBILE[:3]) == MOBILE[1]
+
+
+def test_the_nearest_network_has_the_classes_of_the_data() -> None:
+    # 5.49 and 14.19 M with two classes, 6.52 and 15.47 M with timm's thousand, of which the smaller would be nearer.
+    neighbours = ("mobilenetv3_small_100", "mobilenetv3_large_075")
+    assert nearest_network(9_190_000, 2, 64, neighbours) == "mobilenetv3_large_075"
+    assert nearest_network(9_190_000, 1000, 64, neighbours) == "mobilenetv3_small_100"
 
 
 def test_who_takes_part(paths: list[CreamPath]) -> None:
-    cost = measure_network(timm.create_model(MOBILE[1]), 32).macs
+    cost = measure_network(timm.create_model(MOBILE[1], num_classes=10), 32).macs
     child = Child(paths[0], 10, 0.5, cost, 2, DATA, {"name": "a", "seed": 0})
     assert line_up(child, SEARCH, 32, 2, None, 0) == [
         Contestant(FOUND, "found", str(paths[0])),
