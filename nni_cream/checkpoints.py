@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import os
-import pickle
 import sys
 import time
-from collections.abc import Callable
+import zipfile
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 from pytorch_lightning.callbacks import Checkpoint
 from pytorch_lightning.utilities.exceptions import SIGTERMException
+from torch import Tensor
 
 from nni_cream import interruption, randomness
 from nni_cream.distributed import total
 from nni_cream.errors import UserError
 from nni_cream.runs import RunDirectory, write_atomically
 from nni_cream.soundness import refuse_broken
+
+# What a run goes on with.
+_PARTS: Final = ("epoch", "global_step", "loops", "lr_schedulers", "optimizer_states", "random_numbers", "state_dict")
 
 
 class LastTwo(Checkpoint):
@@ -46,6 +50,17 @@ class LastTwo(Checkpoint):
         self._random: dict[str, Any] | None = None
         self._end_deferral: Callable[[], None] = _nothing
         self._unflushed = False
+
+    def setup(self, trainer: Any, module: Any, stage: str) -> None:
+        """Make sure that the checkpoint to go on from is of this network.
+
+        Raises:
+            UserError: if it is not.
+        """
+        # Lightning's own complaint would be a list of all parameters. It does not tell yet which file it goes on from.
+        file = next((file for file in (self.newest, self.before) if file.exists()), None)
+        if stage == "fit" and file is not None:
+            _refuse_another_network(file, module.state_dict())
 
     def on_train_start(self, trainer: Any, module: Any) -> None:
         """Go on with the random numbers of the checkpoint, now that nothing else draws any before the first step."""
@@ -162,29 +177,28 @@ def _nothing() -> None:
 
 
 def steps_before(checkpoint: Path) -> int:
-    """Return how many steps had been logged when ``checkpoint`` was written."""
-    loops = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["loops"]
-    progress = loops["fit_loop"]["epoch_loop.batch_progress"]["total"]
-    steps: int = progress["processed"]
-    return steps
+    """Return how many steps had been logged when ``checkpoint``, which :func:`find_checkpoint` found, was written."""
+    return _steps(torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True))
+
+
+def _steps(content: Mapping[str, Any]) -> int:
+    return int(content["loops"]["fit_loop"]["epoch_loop.batch_progress"]["total"]["processed"])
 
 
 def find_checkpoint(directory: RunDirectory) -> Path | None:
-    """Return the newest checkpoint that can be read, or None where a run has not come so far as to write one.
+    """Return the newest checkpoint of a run that is whole, or None where a run has not come so far as to write one.
 
-    A damaged one is reported on stderr and put aside as ``last.damaged``. Reading executes no code.
+    A damaged one, or a file that is none, is reported on stderr and put aside as ``last.damaged``. Reading executes no
+    code.
 
     Raises:
-        UserError: if there are checkpoints and none can be read.
+        UserError: if there are checkpoints and none is whole.
     """
     existing = [file for file in (directory.checkpoint, directory.previous_checkpoint) if file.exists()]
     reasons = []
     for file in existing:
-        try:
-            torch.load(file, map_location="cpu", weights_only=True)
-        # What torch raises depends on which byte is wrong.
-        except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
-            reasons.append(f"{file} cannot be read ({str(error).partition(chr(10))[0]})")
+        if (fault := _fault(file)) is not None:
+            reasons.append(f"{file} cannot be read ({fault})")
             continue
         for reason in reasons:
             # Else it would be the one before the next, in the place of this good one.
@@ -199,3 +213,41 @@ def find_checkpoint(directory: RunDirectory) -> Path | None:
             "folder with --name."
         )
     return None
+
+
+def _fault(file: Path) -> str | None:
+    """Say what is wrong with a checkpoint, if anything is."""
+    try:
+        # torch reads over wrong bytes in a tensor.
+        with zipfile.ZipFile(file) as archive:
+            if (damaged := archive.testzip()) is not None:
+                return f"the checksum of {damaged} in it is wrong"
+        content = torch.load(file, map_location="cpu", weights_only=True)
+    # What is raised depends on which byte is wrong, and may be anything.
+    except Exception as error:
+        return str(error).partition("\n")[0] or type(error).__name__
+    if not isinstance(content, dict):
+        return f"it holds a {type(content).__name__}, not a checkpoint of a run"
+    missing = [part for part in _PARTS if part not in content]
+    if missing:
+        return f"a checkpoint of a run has {missing[0]} as well"
+    try:
+        _steps(content)
+    except (KeyError, TypeError, ValueError):
+        return "it does not say after how many steps it was written"
+    return None
+
+
+def _refuse_another_network(file: Path, expected: Mapping[str, Any]) -> None:
+    stored = torch.load(file, map_location="cpu", weights_only=True, mmap=True)["state_dict"]
+    here, there = (
+        {name: list(value.shape) for name, value in state.items() if isinstance(value, Tensor)}
+        for state in (expected, stored)
+    )
+    for name in (*here, *there):
+        if here.get(name) != there.get(name):
+            found, wanted = (f"as {shapes[name]}" if name in shapes else "not at all" for shapes in (there, here))
+            raise UserError(
+                f"{file} is a checkpoint of another network: it has {name} {found}, this run {wanted}. Put back the "
+                f"run's own, or remove {file.parent} to begin the run anew."
+            )

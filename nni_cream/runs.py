@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import platform
+import re
 import uuid
 from collections.abc import Callable, Mapping
 from importlib import metadata
@@ -18,6 +19,7 @@ from nni_cream.ranks import is_first
 
 RUNS: Final = Path("runs")
 REPORT: Final = "report.html"
+TEMPORARY: Final = re.compile(r"\..+\.[0-9a-f]{32}")
 PACKAGES: Final = ("nni", "torch", "torchvision", "timm", "pytorch-lightning", "torchmetrics", "numpy", "pydantic")
 
 
@@ -34,6 +36,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
+        _flush_folder(path.parent)
     except OSError as error:
         # A write that fails, unlike an opening, does not say of which file, and the temporary one nobody knows.
         named = str(error.filename2 or error.filename or temporary)
@@ -44,6 +47,15 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         # Where the folder cannot be written any more, that is what is to be heard of.
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def _flush_folder(folder: Path) -> None:
+    """Make a new name in ``folder`` outlive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -181,12 +193,19 @@ class RunDirectory:
         try:
             if not self._lock.acquire():
                 self.refuse_owned()
+            self._remove_parts()
             if not file.exists():
                 write_json(self.path / "environment.json", {"seed": seed, **describe_environment()})
                 # Last, because a folder with a recipe counts as begun.
                 write_text(file, recipe)
         except OSError as error:
             raise UserError(f"The run directory {self.path} cannot be written: {error.strerror}.") from None
+
+    def _remove_parts(self) -> None:
+        """Remove what a process that was killed in the middle of writing a checkpoint has left of it."""
+        for part in self.checkpoint.parent.glob(".*"):
+            if TEMPORARY.fullmatch(part.name):
+                part.unlink(missing_ok=True)
 
 
 def describe_environment() -> dict[str, Any]:

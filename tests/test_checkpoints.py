@@ -1,6 +1,10 @@
 from __future__ import annotations
 
 import os
+import random
+import re
+from collections.abc import Callable
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +102,28 @@ class TestWriting:
         assert epochs_in(tmp_path) == {"last.ckpt": 1, "previous.ckpt": 0}
 
 
+def without(content: dict[str, Any], name: str) -> dict[str, Any]:
+    return {key: value for key, value in content.items() if key != name}
+
+
+OTHERS: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "a list": lambda content: [content["state_dict"]],
+    "of another program": lambda content: {"epoch": 3, "state_dict": content["state_dict"]},
+    "without random numbers": lambda content: without(content, "random_numbers"),
+    "without a number of steps": lambda content: {**content, "loops": {}},
+}
+
+
+def same(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    return bool(a == b)
+
+
 class TestFinding:
     @pytest.fixture
     def run(self, tmp_path: Path) -> RunDirectory:
@@ -119,11 +145,23 @@ class TestFinding:
             content = bytearray()
         elif how == "text":
             content = bytearray(b"not a checkpoint")
+        elif how == "one bit of a weight":
+            weight = torch.load(file, weights_only=True)["state_dict"]["layer.weight"]
+            content[content.index(weight.numpy().tobytes())] ^= 1
+        elif how in OTHERS:
+            torch.save(OTHERS[how](torch.load(file, weights_only=True)), file)
+            return
+        elif how == "of an old torch":
+            torch.save({"state_dict": {}}, file, _use_new_zipfile_serialization=False)
+            return
         else:
             content[200:400] = bytes(200)
         file.write_bytes(content)
 
-    @pytest.mark.parametrize("how", ["truncated", "empty", "text", "overwritten"])
+    @pytest.mark.parametrize(
+        "how",
+        ["truncated", "empty", "text", "overwritten", "one bit of a weight", "of an old torch", *OTHERS],
+    )
     def test_takes_the_one_before_a_damaged_one_and_says_so(
         self, run: RunDirectory, capsys: pytest.CaptureFixture[str], how: str
     ) -> None:
@@ -136,6 +174,59 @@ class TestFinding:
         (run.checkpoint.with_suffix(".damaged")).unlink()
         train(run.path, 3)
         assert epochs_in(run.path) == {"last.ckpt": 2, "previous.ckpt": 1}
+
+    @pytest.mark.parametrize(
+        ("how", "reason"),
+        [
+            ("one bit of a weight", r"the checksum of .*/data/\d+ in it is wrong"),
+            ("a list", "it holds a list, not a checkpoint of a run"),
+            ("of another program", "a checkpoint of a run has global_step as well"),
+            ("without random numbers", "a checkpoint of a run has random_numbers as well"),
+            ("without a number of steps", "it does not say after how many steps it was written"),
+        ],
+    )
+    def test_says_what_is_wrong(
+        self, run: RunDirectory, capsys: pytest.CaptureFixture[str], how: str, reason: str
+    ) -> None:
+        self.damaged(run.checkpoint, how)
+        find_checkpoint(run)
+        assert re.search(rf"\({reason}\)", capsys.readouterr().err)
+
+    def test_takes_no_other_content_than_was_written(self, run: RunDirectory) -> None:
+        good, numbers = run.checkpoint.read_bytes(), random.Random(0)
+        for _ in range(200):
+            content = bytearray(good)
+            content[numbers.randrange(len(good))] ^= 1 << numbers.randrange(8)
+            run.checkpoint.write_bytes(content)
+            if find_checkpoint(run) == run.checkpoint:
+                # What is not read of a file, such as times.
+                assert same(torch.load(run.checkpoint, weights_only=True), torch.load(BytesIO(good), weights_only=True))
+            run.checkpoint.with_suffix(".damaged").unlink(missing_ok=True)
+
+    @pytest.mark.parametrize(
+        ("change", "expected"),
+        [
+            (
+                lambda state: {**state, "layer.weight": torch.ones(3, 2)},
+                "it has layer.weight as [3, 2], this run as [1, 2]",
+            ),
+            (lambda state: {"layer.weight": state["layer.weight"]}, "it has layer.bias not at all, this run as [1]"),
+            (lambda state: {**state, "more": torch.ones(4)}, "it has more as [4], this run not at all"),
+        ],
+    )
+    def test_of_another_network_is_refused_before_anything_is_trained(
+        self, run: RunDirectory, change: Callable[[Any], Any], expected: str
+    ) -> None:
+        content = torch.load(run.checkpoint, weights_only=True)
+        torch.save({**content, "state_dict": change(content["state_dict"])}, run.checkpoint)
+        before = {file: file.read_bytes() for file in run.checkpoint.parent.iterdir()}
+        with pytest.raises(UserError) as caught:
+            train(run.path, 4)
+        assert str(caught.value) == (
+            f"{run.checkpoint} is a checkpoint of another network: {expected}. Put back the run's own, or remove "
+            f"{run.checkpoint.parent} to begin the run anew."
+        )
+        assert {file: file.read_bytes() for file in run.checkpoint.parent.iterdir()} == before
 
     def test_of_nothing_but_damaged_ones_is_an_error(self, run: RunDirectory) -> None:
         for file in (run.checkpoint, run.previous_checkpoint):

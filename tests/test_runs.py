@@ -46,6 +46,26 @@ class TestWriting:
         write_atomically(file, write)
         assert contents(tmp_path) == {"a.txt": "new"}
 
+    def test_reaches_the_disk_before_it_is_named_and_so_does_the_name(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        steps: list[object] = []
+        flush, replace = os.fsync, Path.replace
+
+        def flushed(descriptor: int) -> None:
+            steps.append(Path(f"/proc/self/fd/{descriptor}").resolve())
+            flush(descriptor)
+
+        def replaced(self: Path, target: Path) -> Path:
+            steps.append("named")
+            return replace(self, target)
+
+        monkeypatch.setattr(os, "fsync", flushed)
+        monkeypatch.setattr(Path, "replace", replaced)
+        written: list[Path] = []
+        write_atomically(tmp_path / "a.txt", lambda temporary: (written.append(temporary), temporary.touch()))
+        assert steps == [*written, "named", tmp_path]
+
     def test_makes_the_folder(self, tmp_path: Path) -> None:
         write_text(tmp_path / "a" / "b" / "c.txt", "ü")
         assert (tmp_path / "a" / "b" / "c.txt").read_bytes() == "ü".encode()
@@ -115,6 +135,21 @@ class TestRunDirectory:
         before = contents(tmp_path)
         directory.begin("name: ü\n", seed=7)
         assert contents(tmp_path) == before
+
+    def test_removes_what_a_killed_process_has_left_of_a_checkpoint(self, tmp_path: Path) -> None:
+        directory = RunDirectory(tmp_path)
+
+        def be_killed(temporary: Path) -> None:
+            temporary.write_text("part")
+            os._exit(9)
+
+        if not (child := os.fork()):
+            write_atomically(directory.checkpoint, be_killed)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+        (directory.checkpoint.parent / ".nfs000001").touch()
+        assert len(list(directory.checkpoint.parent.iterdir())) == 2
+        directory.begin("name: a\n", seed=7)
+        assert [file.name for file in directory.checkpoint.parent.iterdir()] == [".nfs000001"]
 
     def test_refuses_another_recipe(self, tmp_path: Path) -> None:
         directory = RunDirectory(tmp_path)
