@@ -19,11 +19,11 @@ from nni_cream.genotype import Genotype
 from nni_cream.mixing import Mixing
 from nni_cream.models.darts import DartsNetwork
 from nni_cream.ranks import is_first
-from nni_cream.recipe import RetrainRecipe, complaint, to_yaml
+from nni_cream.recipe import RetrainRecipe, complaint
 from nni_cream.report import leave_report, show_report
 from nni_cream.reporting import Reporter, on_terminal
 from nni_cream.runs import RunDirectory, read_json, write_json
-from nni_cream.search import arrange_in_memory, load_splits, make_loader, make_trainer, make_training_loader
+from nni_cream.search import arrange_in_memory, claim, load_splits, make_loader, make_trainer, make_training_loader
 from nni_cream.training import ImageClassifier
 from nni_cream.trouble import named_batch
 
@@ -99,8 +99,7 @@ def retrain(recipe: RetrainRecipe, candidate: Candidate, directory: RunDirectory
     training_loader = make_training_loader(training, data, recipe.seed, recipe.device)
     validation_loader = make_loader(validation, data, recipe.device)
 
-    # Everything has been checked by now: a start that fails must not claim the folder.
-    directory.begin(to_yaml(recipe), recipe.seed)
+    claim(directory, recipe, splits)
     reporter.install()
     with named_batch(data.batch_size, recipe.device.devices):
         trainer.fit(module, training_loader, validation_loader, ckpt_path=checkpoint)

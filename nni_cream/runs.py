@@ -178,28 +178,52 @@ class RunDirectory:
         except OSError as error:
             raise UserError(f"The run directory {self.path} cannot be read: {error.strerror}.") from None
 
-    def begin(self, recipe: str, seed: int) -> None:
+    def begin(self, recipe: str, seed: int, images: Mapping[str, Any] | None = None) -> None:
         """Make this process the owner of the folder and record what is about to run, unless that has been recorded.
 
         Of the several processes of a run the first does so for all.
 
+        Args:
+            recipe: as YAML.
+            seed: of the run.
+            images: the fields of its :class:`nni_cream.data_checks.Fingerprint`; None to leave them open.
+
         Raises:
-            UserError: as :meth:`refuse_another` and :meth:`refuse_owned`, and if the folder cannot be written.
+            UserError: as :meth:`refuse_another` and :meth:`refuse_owned`, if the folder cannot be written, and if the
+                run began with other images.
         """
         if not is_first():
             return
         self.refuse_another(recipe)
+        self._refuse_other_images(images)
         file = self.path / "recipe.yml"
         try:
             if not self._lock.acquire():
                 self.refuse_owned()
             self._remove_parts()
             if not file.exists():
-                write_json(self.path / "environment.json", {"seed": seed, **describe_environment()})
+                noted = {} if images is None else {"images": dict(images)}
+                write_json(self.path / "environment.json", {"seed": seed, **noted, **describe_environment()})
                 # Last, because a folder with a recipe counts as begun.
                 write_text(file, recipe)
         except OSError as error:
             raise UserError(f"The run directory {self.path} cannot be written: {error.strerror}.") from None
+
+    def _refuse_other_images(self, images: Mapping[str, Any] | None) -> None:
+        file = self.path / "environment.json"
+        if images is None or not self.has_begun or not file.exists():
+            return
+        try:
+            noted = read_json(file, "description of a run's environment")
+        except UserError as error:
+            raise UserError(f"{error} Remove it, and the same command goes on.") from None
+        before = noted.get("images") if isinstance(noted, dict) else None
+        if isinstance(before, dict) and before != images:
+            raise UserError(
+                f"{self.path} holds a run that began with other images, or divided otherwise ({before.get('number')} "
+                f"then, {images['number']} now): it would be tested on images that it has learnt from. Give them as "
+                "they were, or begin a new run with --name."
+            )
 
     def _remove_parts(self) -> None:
         """Remove what a process that was killed in the middle of writing a checkpoint has left of it."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -25,6 +26,7 @@ from nni_cream.checkpoints import LastTwo, find_checkpoint, steps_before
 from nni_cream.child import Child
 from nni_cream.cost import measure_space
 from nni_cream.data import DataSplits, LabelledImages, load_data
+from nni_cream.data_checks import fingerprint, refuse_unreadable
 from nni_cream.data_names import Augmentation, Fractions
 from nni_cream.errors import UserError
 from nni_cream.genotype import Genotype
@@ -94,8 +96,7 @@ def search_cream(recipe: CreamRecipe, directory: RunDirectory) -> Child:
         ranking_dataloader=make_loader(splits.validation, data, recipe.device),
     )
     initialize(strategy, space, evaluator, reporter)
-    # Everything has been checked by now: a start that fails must not claim the folder.
-    directory.begin(to_yaml(recipe), recipe.seed)
+    claim(directory, recipe, splits)
     if table is not None and is_first():
         table.save(directory.latency)
     with named_batch(data.batch_size, recipe.device.devices):
@@ -314,6 +315,21 @@ def load_splits(data: Data, seed: int) -> DataSplits:
     if splits.licence is not None:
         print(f"{data.name}: {splits.licence}")
     return splits
+
+
+def claim(directory: RunDirectory, recipe: Recipe, splits: DataSplits) -> None:
+    """Begin a run, now that all else has been checked: a start that fails must not claim the folder.
+
+    Of several processes, the first does so.
+
+    Raises:
+        UserError: if an image cannot be read, and as :meth:`nni_cream.runs.RunDirectory.begin`.
+    """
+    if not is_first():
+        return
+    if not directory.has_begun:
+        refuse_unreadable(splits)
+    directory.begin(to_yaml(recipe), recipe.seed, asdict(fingerprint(splits)))
 
 
 def arrange_in_memory(network: Any, device: Device) -> None:

@@ -18,12 +18,13 @@ from nni_cream.distributed import total
 from nni_cream.history import History
 from nni_cream.loading import first_batches
 from nni_cream.ranks import is_first
-from nni_cream.recipe import DartsRecipe, to_yaml
+from nni_cream.recipe import DartsRecipe
 from nni_cream.report import leave_report
 from nni_cream.reporting import Reporter, on_terminal
 from nni_cream.runs import RunDirectory
 from nni_cream.search import (
     arrange_in_memory,
+    claim,
     ended_search,
     initialize,
     load_splits,
@@ -71,8 +72,7 @@ def search_darts(recipe: DartsRecipe, directory: RunDirectory) -> Child:
         settings["flops_target"] = recipe.darts.flops_target * _MILLION
     strategy = DartsStrategy(**settings, reporting_dataloader=validation_loader)
     initialize(strategy, space, evaluator, reporter)
-    # Everything has been checked by now: a start that fails must not claim the folder.
-    directory.begin(to_yaml(recipe), recipe.seed)
+    claim(directory, recipe, splits)
     with named_batch(data.batch_size, recipe.device.devices):
         strategy.run()
 

@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import save_file
 
+from nni_cream.data import load_data
 from tests.trials.bad_input.refusals import FRACTIONS, GENOTYPE, NUMBERS, PATH, PROBABILITIES, base, fuzz, refused
-from tests.trials.commands import Began, Ended, call
+from tests.trials.commands import Began, call
 from tests.trials.processes import trial
 
 
@@ -213,7 +214,7 @@ def change_weights(file: Path, fault: str, data: st.DataObject) -> None:
 
 @pytest.mark.slow
 def test_images(place: Path) -> None:
-    """Unusual ones are trained with; a damaged one is named where it is met, in the first epoch."""
+    """Unusual ones are trained with; a damaged one is named before anything is trained or written, in whatever part."""
     wide = np.full((20, 20), 40000, dtype=np.uint16)
     kinds = [Image.new(mode, (20, 20), 3) for mode in ("1", "L", "P", "LA", "RGBA", "RGB")]
     kinds += [Image.fromarray(wide), Image.new("RGB", (1, 1)), Image.new("L", (1, 90)), Image.new("RGBA", (90, 1))]
@@ -224,13 +225,41 @@ def test_images(place: Path) -> None:
     settings = ["data={name: folder, folder: images, resolution: 16, batch_size: 8, workers: 1}"]
     settings += ["epochs=1", "schedule.warmup_epochs=0"]
     words = [word for setting in settings for word in ("--set", setting)]
+    command = ["retrain_child", "--architecture", "cream_14", *words]
+    done = trial(place, "retrain_child.py", *command[1:], "--name", "good")
+    assert done.returncode == 0, done.stderr
 
-    def run(name: str) -> Ended:
-        done = trial(place, "retrain_child.py", "--architecture", "cream_14", "--name", name, *words)
-        return Ended(done.returncode, done.stdout, done.stderr)
+    splits = load_data("folder", folder=place / "images", resolution=16)
+    for part in (splits.weights, splits.architecture, splits.validation, splits.test):
+        file = Path(part.images.store[part.indices[-1]])
+        whole = file.read_bytes()
+        for damaged in (whole[:-30], b"", b"text"):
+            file.write_bytes(damaged)
+            sentence = refused(place, *command, "--name", "bad")
+            assert sentence.startswith(f"image {file} cannot be read: ")
+        file.write_bytes(whole)
 
-    good = run("good")
-    assert good.code == 0, good.err
-    for path in (place / "images").glob("*/*5.png"):
-        path.write_bytes(path.read_bytes()[:-30])
-    assert re.match(r"image \S+/images/[ab]/1?5\.png cannot be read: ", run("bad").sentence())
+
+def test_images_that_have_become_others(place: Path) -> None:
+    for name in ("a", "b"):
+        (place / "images" / name).mkdir(parents=True)
+        for index in range(20):
+            Image.new("RGB", (20, 20)).save(place / "images" / name / f"{index}.png")
+    recipe = {
+        **base("search_cream"),
+        "data": {"name": "folder", "folder": "images", "resolution": 16, "batch_size": 16},
+    }
+    (place / "recipe.yml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    command = ["search_cream", "--recipe", place / "recipe.yml", "--name", "some"]
+    with pytest.raises(Began):
+        call(*command, folder=place)  # type: ignore[arg-type]
+    # What is in a file may change, not which files there are.
+    Image.new("RGB", (30, 30), 9).save(place / "images/a/0.png")
+    with pytest.raises(Began):
+        call(*command, folder=place)  # type: ignore[arg-type]
+    (place / "images/a/0.png").unlink()
+    sentence = refused(place, *command)  # type: ignore[arg-type]
+    assert "runs/some holds a run that began with other images, or divided otherwise (40 then, 39 now)" in sentence
+    (place / "runs/some/environment.json").write_text("{", encoding="utf-8")
+    sentence = refused(place, *command)  # type: ignore[arg-type]
+    assert sentence.endswith("Remove it, and the same command goes on.")
