@@ -23,7 +23,7 @@ from nni_cream.runs import RunDirectory, write_atomically
 from nni_cream.soundness import refuse_broken
 
 # What a run goes on with.
-_PARTS: Final = ("epoch", "global_step", "loops", "lr_schedulers", "optimizer_states", "random_numbers", "state_dict")
+PARTS: Final = ("epoch", "global_step", "loops", "lr_schedulers", "optimizer_states", "random_numbers", "state_dict")
 
 
 class LastTwo(Checkpoint):
@@ -228,7 +228,7 @@ def _fault(file: Path) -> str | None:
         return str(error).partition("\n")[0] or type(error).__name__
     if not isinstance(content, dict):
         return f"it holds a {type(content).__name__}, not a checkpoint of a run"
-    missing = [part for part in _PARTS if part not in content]
+    missing = [part for part in PARTS if part not in content]
     if missing:
         return f"a checkpoint of a run has {missing[0]} as well"
     try:

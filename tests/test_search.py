@@ -15,6 +15,7 @@ from torch import nn
 
 from nni_cream.architecture import CreamPath
 from nni_cream.board import BoardHistory, Place
+from nni_cream.checkpoints import PARTS
 from nni_cream.child import Child, build_network
 from nni_cream.cost import Cost, measure, measure_network, measure_space
 from nni_cream.data import Augmentation, DataSplits, Fractions, LabelledImages, load_data
@@ -235,7 +236,8 @@ class TestWhatASearchIsGiven:
         checkpoint = tmp_path / "old" / "checkpoints" / "last.ckpt"
         checkpoint.parent.mkdir(parents=True)
         progress = {"total": {"processed": 12}}
-        torch.save({"loops": {"fit_loop": {"epoch_loop.batch_progress": progress}}}, checkpoint)
+        content = {**dict.fromkeys(PARTS), "loops": {"fit_loop": {"epoch_loop.batch_progress": progress}}}
+        torch.save(content, checkpoint)
         _, strategy = search(tmp_path / "old")
         assert strategy.evaluator.fit_kwargs == {"ckpt_path": checkpoint}
         # What was logged after it is not shown twice.
