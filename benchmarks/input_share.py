@@ -20,6 +20,7 @@ LONGEST = 0.05
 MOVING: dict[str, Any] = {"data.augmentation": {"crop_padding": 2, "hflip": 0.5, "color_jitter": 0.0}}
 SEARCHES: dict[str, tuple[str, dict[str, Any]]] = {
     "cream_mnist5k": ("cream_mnist5k", {"cream.warmup_epochs": 1}),
+    "cream_mnist5k, a worker": ("cream_mnist5k", {"cream.warmup_epochs": 1, "data.workers": 1}),
     "darts_mnist5k": ("darts_mnist5k", {}),
     "darts_mnist5k, moved": ("darts_mnist5k", MOVING),
     "darts_mnist5k, moved, not resident": ("darts_mnist5k", {**MOVING, "data.resident": False}),

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import functools
+import logging
 import tempfile
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from common import ROOT
+from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.profilers import SimpleProfiler
 
 from nni_cream import retrain, search, search_darts
@@ -27,13 +29,31 @@ KINDS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
 }
 
 
-def profile(name: str, changes: Mapping[str, Any], device: str) -> dict[str, list[float]]:
-    """Run the shipped recipe ``name`` for two epochs.
+class Enough(Exception):
+    """All steps that were asked for have been made."""
+
+
+class StopAfter(Callback):
+    """Ends a run after some steps, without what comes after a training."""
+
+    def __init__(self, steps: int) -> None:
+        self._left = steps
+
+    def on_train_batch_end(self, *_: Any, **__: Any) -> None:
+        """Count."""
+        self._left -= 1
+        if not self._left:
+            raise Enough
+
+
+def profile(name: str, changes: Mapping[str, Any], device: str, steps: int | None = None) -> dict[str, list[float]]:
+    """Run the shipped recipe ``name`` for two epochs, or only for some steps.
 
     Args:
         name: of the recipe; its first word says what it is for.
         changes: of its settings.
         device: ``cpu`` or ``cuda``.
+        steps: how many; None for two epochs and all that comes after them.
 
     Returns:
         Seconds, by what Lightning calls that which took them.
@@ -43,9 +63,18 @@ def profile(name: str, changes: Mapping[str, Any], device: str) -> dict[str, lis
     recipe = load_recipe(kind, ROOT / f"experiments/recipes/{name}.yml", {**short, **accelerator, **changes})
     profiler = SimpleProfiler()
     make_trainer = module.make_trainer
-    module.make_trainer = functools.partial(make_trainer, profiler=profiler)
+
+    def watched(*arguments: Any, **keywords: Any) -> Any:
+        trainer = make_trainer(*arguments, profiler=profiler, **keywords)
+        if steps is not None:
+            # NNI would call the end an error.
+            logging.disable(logging.ERROR)
+            trainer.callbacks.append(StopAfter(steps))
+        return trainer
+
+    module.make_trainer = watched
     try:
-        with tempfile.TemporaryDirectory() as folder:
+        with suppress(Enough), tempfile.TemporaryDirectory() as folder:
             directory = RunDirectory(Path(folder) / "run")
             if kind is CreamRecipe:
                 search.search_cream(recipe, directory)
