@@ -22,6 +22,7 @@ from importlib import metadata
 from pathlib import Path, PurePath
 from typing import Any
 
+import matplotlib
 import psutil
 import pytest
 import requests
@@ -68,12 +69,13 @@ def machine(tmp_path: Path) -> Iterator[Machine]:
     machine = Machine(free_port(), folder / "id_rsa", tmp_path / "remote_home", folder / "sshd.log")
     folder.mkdir(mode=0o700)
     machine.home.mkdir()
-    for name in ("id_rsa", "host_key"):
-        generate = ["ssh-keygen", "-q", "-t", "rsa", "-b", "3072", "-m", "PEM", "-N", "", "-f", folder / name]
-        subprocess.run(generate, check=True)
+    for name, kind in (("id_rsa", ["rsa", "-b", "3072", "-m", "PEM"]), ("host_key", ["ed25519"])):
+        subprocess.run(["ssh-keygen", "-q", "-t", *kind, "-N", "", "-f", folder / name], check=True)
     config = folder / "sshd_config"
     # NNI has pip upgrade itself. Here pip finds what is installed and nothing newer, which would change what is tested.
     environment = {"HOME": machine.home, "OMP_NUM_THREADS": 1, "PIP_NO_INDEX": 1, "PIP_DRY_RUN": 1}
+    # To read all fonts of this machine again would take it some seconds.
+    environment |= {"MPLCONFIGDIR": matplotlib.get_configdir()}
     config.write_text(
         f"ListenAddress 127.0.0.1:{machine.port}\n"
         f"HostKey {folder / 'host_key'}\n"
