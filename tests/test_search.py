@@ -613,6 +613,15 @@ def test_processes_without_a_core_are_refused(monkeypatch: pytest.MonkeyPatch) -
     assert on_device(Device(accelerator="cpu", devices=3), logger=False).num_devices == 3
 
 
+@pytest.mark.parametrize("number", [1, 2])
+def test_gpus_are_counted_among_those_that_are_visible(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NNI makes some of the machine's visible, and CUDA numbers these from 0."""
+    monkeypatch.setattr("lightning_fabric.accelerators.cuda.num_cuda_devices", lambda: 2)
+    monkeypatch.setattr("pytorch_lightning.accelerators.cuda.num_cuda_devices", lambda: 2)
+    trainer = on_device(Device(accelerator="gpu", devices=number), logger=False)
+    assert trainer.device_ids == list(range(number))
+
+
 def cheapest_and_dearest(operations: Sequence[int], resolution: int, num_classes: int) -> list[int]:
     """MACs of the network with one block a stage, the cheapest, and of that with four, the dearest."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import pwd
@@ -14,13 +15,14 @@ import sysconfig
 import tarfile
 import time
 import venv
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path, PurePath
 from typing import Any
 
+import matplotlib
 import psutil
 import pytest
 import requests
@@ -67,12 +69,13 @@ def machine(tmp_path: Path) -> Iterator[Machine]:
     machine = Machine(free_port(), folder / "id_rsa", tmp_path / "remote_home", folder / "sshd.log")
     folder.mkdir(mode=0o700)
     machine.home.mkdir()
-    for name in ("id_rsa", "host_key"):
-        generate = ["ssh-keygen", "-q", "-t", "rsa", "-b", "3072", "-m", "PEM", "-N", "", "-f", folder / name]
-        subprocess.run(generate, check=True)
+    for name, kind in (("id_rsa", ["rsa", "-b", "3072", "-m", "PEM"]), ("host_key", ["ed25519"])):
+        subprocess.run(["ssh-keygen", "-q", "-t", *kind, "-N", "", "-f", folder / name], check=True)
     config = folder / "sshd_config"
     # NNI has pip upgrade itself. Here pip finds what is installed and nothing newer, which would change what is tested.
     environment = {"HOME": machine.home, "OMP_NUM_THREADS": 1, "PIP_NO_INDEX": 1, "PIP_DRY_RUN": 1}
+    # To read all fonts of this machine again would take it some seconds.
+    environment |= {"MPLCONFIGDIR": matplotlib.get_configdir()}
     config.write_text(
         f"ListenAddress 127.0.0.1:{machine.port}\n"
         f"HostKey {folder / 'host_key'}\n"
@@ -141,11 +144,54 @@ def tree(repository: Path, tmp_path: Path) -> Path:
 def settings(repository: Path) -> dict[str, Any]:
     """The tiny recipe as NNI's tuner sets it: ``tests`` does not travel, so the recipe cannot."""
     recipe = yaml.safe_load((repository / "tests/experiments/tiny_recipe.yml").read_text())
-    return dict(_flattened(recipe))
+    return dict(_flattened(recipe | {"epochs": 5}))
+
+
+@dataclass
+class Experiment:
+    """An experiment of the manager on this machine, with a home directory of its own."""
+
+    identity: str
+    port: int
+    environment: dict[str, str]
+    logs: list[Path]
+
+    def get(self, what: str) -> Any:
+        return requests.get(f"http://127.0.0.1:{self.port}/api/v1/nni/{what}", timeout=20).json()
+
+    def reports(self, kind: str) -> list[tuple[int, dict[str, Any]]]:
+        """What has been reported, by its place on the curve."""
+        found = [report for report in self.get("metric-data") if report["type"] == kind]
+        return sorted((r["sequence"], json.loads(json.loads(r["data"]))) for r in found)
+
+    def stop(self) -> None:
+        subprocess.run([*NNICTL, "stop", self.identity], capture_output=True, check=True, env=self.environment)
+
+    def resume(self) -> None:
+        self.port = free_port()
+        command = [*NNICTL, "resume", self.identity, "--port", str(self.port)]
+        subprocess.run(command, capture_output=True, check=True, env=self.environment)
+
+    def await_(self, condition: Callable[[], Any]) -> None:
+        """Wait; where the manager gives up, or it takes too long, fail with the end of its log."""
+        deadline = time.monotonic() + TIMEOUT
+        status = ""
+        with suppress(requests.ConnectionError):
+            while (status := self.get("check-status")["status"]) not in {"ERROR", "STOPPED"}:
+                if condition():
+                    return
+                if time.monotonic() > deadline:
+                    break
+                time.sleep(0.5)
+        tails = [f"{log}:\n{log.read_text(errors='replace')[-3000:]}" for log in self.logs if log.exists()]
+        pytest.fail("\n".join([f"NNI's manager is {status or 'gone'}.", *tails]))
+
+    def await_end(self) -> None:
+        self.await_(lambda: self.get("check-status")["status"] == "DONE")
 
 
 @pytest.mark.slow
-def test_the_shipped_remote_experiment_brings_the_architecture_back(
+def test_the_shipped_remote_experiment_is_stopped_and_resumed_and_brings_the_architecture_back(
     machine: Machine, remote_python: Path, tree: Path, settings: dict[str, Any], tmp_path: Path
 ) -> None:
     file = tree / "experiments/remote.yml"
@@ -158,20 +204,31 @@ def test_the_shipped_remote_experiment_brings_the_architecture_back(
     config["searchSpace"] |= {key: {"_type": "choice", "_value": [value]} for key, value in settings.items()}
     file.write_text(yaml.safe_dump(config))
 
-    with _experiment(file, tmp_path / "local_home") as (identity, address):
-        manager_log = tree / "runs/nni" / identity / "log/nnimanager.log"
-        _wait_until_done(address, [manager_log, machine.log])
-        (trial,) = requests.get(f"{address}/trial-jobs", timeout=20).json()
-        reports = requests.get(f"{address}/metric-data", timeout=20).json()
+    with _experiment(file, tmp_path / "local_home", machine.log) as experiment:
+        experiment.await_(lambda: experiment.reports("PERIODICAL"))
+        (interrupted,) = experiment.get("trial-jobs")
+        worker = machine.home / "nni-experiments" / experiment.identity / "environments/remote-worker1"
+        folder = worker / "trials" / interrupted["trialJobId"]
+        experiment.stop()
+        before = _epochs_in(folder)
+        assert 1 <= len(before) < settings["epochs"]
+        assert not _processes_at_home(machine.home)
+        experiment.resume()
+        experiment.await_end()
+        (trial,) = experiment.get("trial-jobs")
+        curve, finals = experiment.reports("PERIODICAL"), experiment.reports("FINAL")
 
-    worker = machine.home / "nni-experiments" / identity / "environments/remote-worker1"
-    folder = worker / "trials" / trial["trialJobId"]
+    assert trial["trialJobId"] == interrupted["trialJobId"]
     assert trial["status"] == "SUCCEEDED", (folder / "trial.stderr").read_text()
-
-    curve = _values(reports, "PERIODICAL")
-    assert [point["epoch"] for point in curve] == [1, 2]
-    assert all(0 <= point["default"] <= 1 for point in curve)
-    (final,) = _values(reports, "FINAL")
+    # It went on where it was, in the same folder, and its curve did.
+    epochs = list(range(1, settings["epochs"] + 1))
+    assert _epochs_in(folder) == epochs
+    # What the second process has printed; it trains again at most the epoch that the first had not yet saved.
+    trained = [int(epoch) for epoch in re.findall(r"^epoch (\d+),", (folder / "trial.stdout").read_text(), re.MULTILINE)]
+    assert trained in (epochs[len(before) :], epochs[len(before) - 1 :])
+    assert {place: point["epoch"] for place, point in curve} == dict(enumerate(epochs))
+    assert all(0 <= point["default"] <= 1 for _, point in curve)
+    ((_, final),) = finals
     # The metrics say all that the machine over there knows of the architecture.
     child = json.loads((folder / "child.json").read_text())
     assert CreamPath.parse(final["path"]).to_json() == child["path"]
@@ -198,37 +255,25 @@ def test_the_shipped_remote_experiment_brings_the_architecture_back(
 
 
 @contextmanager
-def _experiment(config: Path, home: Path) -> Iterator[tuple[str, str]]:
-    """Start an experiment; give its id and the address of its REST interface, and stop it in any case."""
+def _experiment(config: Path, home: Path, log: Path) -> Iterator[Experiment]:
+    """Start an experiment, and stop it in any case; where waiting fails, ``log`` is shown too."""
     home.mkdir()
-    environment = os.environ | {"HOME": str(home)}
+    environment = {**os.environ, "HOME": str(home)}
     port = free_port()
     create = [*NNICTL, "create", "--config", str(config), "--port", str(port)]
     try:
         created = subprocess.run(create, capture_output=True, text=True, check=False, env=environment)
         found = re.search(r"Experiment ID: (?:\x1b\[\d+m)?(\w+)", created.stdout)
         assert found is not None, created.stdout + created.stderr
+        identity = found.group(1)
+        logs = [config.parent.parent / "runs/nni" / identity / "log/nnimanager.log", log]
+        experiment = Experiment(identity, port, environment, logs)
         try:
-            yield found.group(1), f"http://127.0.0.1:{port}/api/v1/nni"
+            yield experiment
         finally:
-            subprocess.run([*NNICTL, "stop", found.group(1)], capture_output=True, check=False, env=environment)
+            experiment.stop()
     finally:
         _kill(_processes_at_home(home))
-
-
-def _wait_until_done(address: str, logs: list[Path]) -> None:
-    """Wait for the end; where the manager gives up, or it takes too long, fail with the end of its log."""
-    deadline = time.monotonic() + TIMEOUT
-    status = ""
-    while status != "DONE":
-        try:
-            status = requests.get(f"{address}/check-status", timeout=20).json()["status"]
-        except requests.ConnectionError:
-            status = "GONE"
-        if status in {"GONE", "ERROR", "STOPPED"} or time.monotonic() > deadline:
-            tails = [f"{log}:\n{log.read_text(errors='replace')[-3000:]}" for log in logs if log.exists()]
-            pytest.fail("\n".join([f"NNI's manager is {status}.", *tails]))
-        time.sleep(0.5)
 
 
 def _wait_for_server(server: subprocess.Popen[bytes], machine: Machine) -> None:
@@ -242,9 +287,9 @@ def _wait_for_server(server: subprocess.Popen[bytes], machine: Machine) -> None:
     pytest.fail(f"sshd does not answer: {machine.log.read_text()}")
 
 
-def _values(reports: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
-    chosen = sorted((report for report in reports if report["type"] == kind), key=lambda report: report["sequence"])
-    return [json.loads(json.loads(report["data"])) for report in chosen]
+def _epochs_in(folder: Path) -> list[int]:
+    with (folder / "metrics.csv").open(encoding="utf-8", newline="") as file:
+        return [int(row["epoch"]) for row in csv.DictReader(file)]
 
 
 def _flattened(settings: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -138,6 +138,19 @@ class TestExperiment:
             assert functools.reduce(dict.__getitem__, key.split("."), recipe) == parameters[key]
 
 
+def test_the_best_paths_are_retrained_with_several_seeds_side_by_side() -> None:
+    config = ExperimentConfig.load(REPOSITORY / "experiments/retrain_best.yml")
+    tuner = create_builtin_class_instance(config.tuner.name, config.tuner.class_args, "tuners")
+    tuner.update_search_space(config.search_space)
+    trials = [tuner.generate_parameters(trial) for trial in range(config.max_trial_number)]
+    pairs = {(trial["rank"], trial["seed"]) for trial in trials}
+    assert pairs == {(rank, seed) for rank in (1, 2, 3) for seed in (0, 1)}
+    assert len(trials) == len(pairs)
+    with pytest.raises(nni.NoMoreTrialError):
+        tuner.generate_parameters(config.max_trial_number)
+    assert config.trial_concurrency == 2
+
+
 def search_result(folder: Path) -> None:
     """Write what a Cream search leaves: its recipe, and a path and two runners-up."""
     paths = [[[0], [choice], [3], [4, 0, 3], [2], [3], [0]] for choice in (0, 1, 2)]
