@@ -57,7 +57,10 @@ _ALLOWED: Final[Mapping[str, tuple[Callable[[Any], bool], str]]] = {
     "ratio": (lambda value: 0 < value[0] <= value[1], "is a smallest and a largest ratio above 0"),
     "hflip": _PROBABILITY,
     "vflip": _PROBABILITY,
-    "color_jitter": (lambda value: value >= 0, "is a strength, not below 0"),
+    "color_jitter": (
+        lambda value: min(value) >= 0 and value[3:] <= (0.5,) if isinstance(value, tuple) else value >= 0,
+        "is a strength, not below 0, or one each of brightness, contrast, saturation and hue, the last up to 0.5",
+    ),
     "interpolation": (lambda value: value in _INTERPOLATIONS, f"is one of {', '.join(_INTERPOLATIONS)}"),
     "re_prob": _PROBABILITY,
     "re_mode": (lambda value: value in _RE_MODES, f"is one of {', '.join(_RE_MODES)}"),

@@ -23,7 +23,8 @@ class Augmentation:
         ratio: Smallest and largest ratio of width to height of that crop.
         hflip: Probability of mirroring left to right.
         vflip: Probability of mirroring top to bottom.
-        color_jitter: Strength with which brightness, contrast and saturation vary; 0 switches it off.
+        color_jitter: Strength with which brightness, contrast and saturation vary; 0 switches it off. Of four numbers
+            each is the strength of one, the last of hue, which is a share of the circle of colours, up to 0.5.
         auto_augment: timm's policy string, such as ``rand-m9-mstd0.5``; timm then leaves out colour jitter, except
             beside a policy with ``3a`` in its name.
         interpolation: How images are resized: ``nearest``, ``bilinear``, ``bicubic``, ``box``, ``hamming``,
@@ -41,7 +42,7 @@ class Augmentation:
     ratio: tuple[float, float] | None = None
     hflip: float | None = None
     vflip: float | None = None
-    color_jitter: float | None = None
+    color_jitter: float | tuple[float, float, float, float] | None = None
     auto_augment: str | None = None
     interpolation: str | None = None
     re_prob: float | None = None

@@ -31,6 +31,7 @@ PositiveFloat = Annotated[float, Field(gt=0, le=1e12)]
 Share = Annotated[float, Field(ge=0, le=1)]
 NotNegative = Annotated[float, Field(ge=0, le=1e12)]
 Pair = tuple[PositiveFloat, PositiveFloat]
+Hue = Annotated[float, Field(ge=0, le=0.5)]
 Resolution = Annotated[int, Field(ge=8, le=8192)]
 BatchSize = Annotated[int, Field(ge=2, le=1_000_000)]
 Workers = Annotated[int, Field(ge=0, le=1024)]
@@ -75,7 +76,7 @@ class Augmentation(Settings):
     ratio: Pair | None = None
     hflip: Share | None = None
     vflip: Share | None = None
-    color_jitter: NotNegative | None = None
+    color_jitter: NotNegative | tuple[NotNegative, NotNegative, NotNegative, Hue] | None = None
     auto_augment: str | None = None
     interpolation: Literal["bilinear", "bicubic", "random"] | None = None
     re_prob: Share | None = None

@@ -72,7 +72,14 @@ RETRAIN: dict[str, Any] = {
     "name": "retrain",
     "seed": 5,
     "epochs": 3,
-    "data": {**DATA, "resolution": 8, "validation_fraction": 0.8, "architecture_fraction": 0.05},
+    "data": {
+        **DATA,
+        "resolution": 8,
+        "validation_fraction": 0.8,
+        "architecture_fraction": 0.05,
+        # RandAugment draws from the streams of Python and of NumPy.
+        "augmentation": {"scale": [0.6, 1.0], "hflip": 0.5, "auto_augment": "rand-m7-mstd0.5", "re_prob": 0.3},
+    },
     "optimizer": {"name": "momentum", "lr": 0.05},
     "schedule": {"name": "cosine", "interval": "epoch"},
     "gradient_clip": 5.0,

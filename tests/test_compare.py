@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from nni_cream.compare import (
     Contestant,
     Row,
     compare,
+    kept_table,
     line_up,
     nearest_network,
     random_genotypes,
@@ -28,6 +30,7 @@ from nni_cream.cost import measure_network
 from nni_cream.errors import UserError
 from nni_cream.genotype import Genotype
 from nni_cream.recipe import CreamRecipe, Latency
+from nni_cream.runs import RunDirectory
 from nni_cream.seeds import Spread
 from tests.latency_tables import made_up
 from tests.test_retrain import GENOTYPE, SPACE
@@ -75,6 +78,17 @@ class TestRandomPaths:
         monkeypatch.setattr(module_under_test, "PATIENCE", 5)
         with pytest.raises(UserError, match="--random is 8, but among 5 draws there are 5 different paths besides"):
             random_paths(SEARCH, 10, 8, paths[0], seed=9)
+
+
+def test_the_table_that_a_search_has_kept_to_is_its_own_copy(tmp_path: Path) -> None:
+    """Where the original was is not looked at."""
+    search = SEARCH.model_copy(update={"latency": Latency.model_validate({"table": "nowhere.json", "max": 1.5})})
+    directory = RunDirectory(tmp_path)
+    with pytest.raises(UserError, match=re.escape(str(directory.latency))):
+        kept_table(search, directory)
+    made_up().save(directory.latency)
+    assert kept_table(search, directory) == made_up()
+    assert kept_table(SEARCH, directory) is None
 
 
 def test_random_genotypes_are_of_the_space_of_the_search() -> None:

@@ -165,6 +165,7 @@ class TestPublishedSettings:
         assert (recipe.label_smoothing, recipe.drop_rate, recipe.drop_path_rate) == (0.1, 0.2, 0)
         varied = recipe.data.augmentation
         assert (varied.auto_augment, varied.re_prob, varied.re_mode) == ("rand-m9-mstd0.5", 0.2, "pixel")
+        assert varied.interpolation == "random"
         assert recipe.ema.timm_arguments() == {"decay": 0.9999, "use_warmup": False}
         assert not recipe.mixing.wanted
         optimizer = create_optimizer_v2(nn.Linear(2, 2), **recipe.optimizer.timm_arguments())
@@ -226,6 +227,8 @@ class TestPublishedSettings:
         assert (schedule.name, schedule.interval, schedule.decay_rate) == ("exponential", "epoch", 0.97)
         assert (recipe.gradient_clip, recipe.auxiliary_weight, recipe.label_smoothing) == (5, 0.4, 0.1)
         assert recipe.drop_path_rate == 0
+        varied = recipe.data.augmentation
+        assert (varied.hflip, varied.color_jitter, varied.auto_augment) == (0.5, (0.4, 0.4, 0.4, 0.2), None)
         assert recipe.darts.model_dump() == {"channels": 48, "cells": 14, "stem": "imagenet", "auxiliary": True}
 
     @pytest.mark.parametrize("file", [f for f in SHIPPED if f.name.startswith("darts_")], ids=lambda file: file.name)

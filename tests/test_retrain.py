@@ -4,8 +4,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
+from safetensors.torch import load_file
+from timm.layers.drop import DropPath
 from torch import nn
 
 from nni_cream import retrain as module_under_test
@@ -15,7 +19,7 @@ from nni_cream.cost import measure_network
 from nni_cream.errors import UserError
 from nni_cream.evaluate import evaluate, load_checkpoint
 from nni_cream.genotype import Genotype
-from nni_cream.recipe import EvaluationRecipe, RetrainRecipe
+from nni_cream.recipe import EvaluationRecipe, RetrainRecipe, load_recipe
 from nni_cream.retrain import retrain
 from nni_cream.runs import RunDirectory
 from nni_cream.training import ImageClassifier
@@ -140,6 +144,60 @@ def test_mixing_and_averaging_reach_the_module(
     ema = arranged["module"].ema
     assert (ema.decay, ema.use_warmup) == (0.75, False)
     assert ema.module is not arranged["module"].model
+
+
+@pytest.fixture
+def photographs(tmp_path: Path) -> Path:
+    """Few images of two classes, arranged as ImageNet is."""
+    pixels = np.random.default_rng(0)
+    for part, count in (("train", 10), ("val", 2)):
+        for name in ("n01440764", "n01443537"):
+            (tmp_path / "imagenet" / part / name).mkdir(parents=True)
+            for number in range(count):
+                image = Image.fromarray(pixels.integers(0, 255, (40, 50, 3), dtype=np.uint8))
+                image.save(tmp_path / "imagenet" / part / name / f"{name}_{number}.JPEG")
+    return tmp_path / "imagenet"
+
+
+@pytest.mark.parametrize("name", ["retrain_darts_cifar10", "retrain_darts_imagenet"])
+def test_the_recipes_of_the_paper_train_a_genotype(
+    repository: Path, tmp_path: Path, photographs: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Augmentation, auxiliary head, drop path, optimizer and schedule as shipped; a smaller network, on few images."""
+    seen: list[tuple[float, bool, bool]] = []
+    step = torch.optim.SGD.step
+    networks: list[nn.Module] = []
+    set_model = ImageClassifier.set_model
+
+    def watched(self: torch.optim.SGD, closure: Any = None) -> Any:
+        loss = step(self, closure)
+        gradients = {key: value.grad for key, value in networks[-1].named_parameters()}
+        assert all(gradient is not None for gradient in gradients.values())
+        norm = torch.cat([gradient.flatten() for gradient in gradients.values()]).norm().item()
+        rates = {part.drop_prob for part in networks[-1].modules() if isinstance(part, DropPath)}
+        learns = any(gradient.any() for key, gradient in gradients.items() if "auxiliary" in key)
+        seen.append((self.param_groups[0]["lr"], norm <= 5 * 1.001 and learns, rates == {0.0}))
+        return loss
+
+    monkeypatch.setattr(torch.optim.SGD, "step", watched)
+    monkeypatch.setattr(
+        ImageClassifier, "set_model", lambda self, network: (networks.append(network), set_model(self, network))[1]
+    )
+    data = {"name": "imagenet", "folder": photographs, "workers": 0, "batch_size": 8, "validation_fraction": 0.1}
+    # With fewer than 16 channels torch 2.13 crashes on AVX-512 at this size: docs/trouble.md.
+    overrides = {"epochs": 2, "darts.channels": 16, "darts.cells": 3, "device.accelerator": "cpu"}
+    overrides |= {f"data.{key}": value for key, value in data.items()} | {"data.download": False}
+    recipe = load_recipe(RetrainRecipe, repository / f"experiments/recipes/{name}.yml", overrides)
+    retrain(recipe, Candidate(None, str(GENOTYPE)), RunDirectory(tmp_path / "run"))
+    stored = json.loads((tmp_path / "run/result.json").read_text())
+    assert stored["network"] == str(GENOTYPE)
+    assert 0 <= stored["test_accuracy"] <= 1
+    # Two steps an epoch. Half of 0.2 is dropped in the second of two epochs, and nothing on ImageNet.
+    rates = {"retrain_darts_cifar10": (0.025, 0.0125), "retrain_darts_imagenet": (0.1, 0.097)}[name]
+    still = name == "retrain_darts_imagenet"
+    assert [lr for lr, _, _ in seen] == pytest.approx([rates[0], rates[0], rates[1], rates[1]])
+    assert [held for _, held, _ in seen] == [True] * 4
+    assert [dropless for *_, dropless in seen] == [True, True, still, still]
 
 
 def test_averaged_and_plain_weights_are_tested_and_kept(
@@ -303,6 +361,28 @@ def test_an_architecture_is_trained_by_its_text(tmp_path: Path, arranged: dict[s
     size = {"kind": "trained", **DARTS} if text.startswith("Genotype") else {}
     wanted = build_network(text, 10, size)
     assert arranged["module"].model.state_dict().keys() == wanted.state_dict().keys()
+
+
+@pytest.mark.parametrize("ema", [{}, {"decay": 0.9}], ids=["plain", "averaged"])
+def test_a_training_begins_with_the_inherited_weights(
+    tmp_path: Path, board: Candidate, arranged: dict[str, Any], ema: dict[str, Any]
+) -> None:
+    """And the average with them."""
+    assert board.file is not None
+    network = build_network(str(CreamPath.of(PATHS[0])), 10, {})
+    with torch.no_grad():
+        # Statistics are inherited, too.
+        network.train()(torch.randn(8, 3, 32, 32))
+    Child.load(board.file).save(board.file, network)
+    with pytest.raises(Stopped):
+        run(tmp_path / "run", board, inherit_weights=True, ema=ema)
+    module = arranged["module"]
+    found = [module.model] if module.ema is None else [module.model, module.ema.module]
+    assert len(found) == 1 + bool(ema)
+    expected = load_file(board.file.with_suffix(".safetensors"))
+    for state in (model.state_dict() for model in found):
+        assert state.keys() == expected.keys()
+        assert all(torch.equal(state[name], tensor) for name, tensor in expected.items())
 
 
 def test_there_are_no_weights_of_a_runner_up(tmp_path: Path, board: Candidate) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
+from torch import Tensor
 
 from nni_cream.data import Augmentation, DataSplits, LabelledImages, load_data
 from nni_cream.errors import UserError
@@ -53,6 +56,31 @@ class TestAugmentation:
         before = load_data("digits", resolution=20, augmentation=Augmentation(**base))
         after = load_data("digits", resolution=20, augmentation=Augmentation(**base, **change))
         assert not torch.equal(drawn(before.weights, range(8)), drawn(after.weights, range(8)))
+
+    @pytest.mark.parametrize(
+        ("strengths", "varies", "stays"),
+        [
+            # Brightness multiplies all channels; hue turns the colour and leaves the largest and the smallest channel.
+            ((0.3, 0, 0, 0), lambda rgb: rgb.max(), lambda rgb: rgb.argmax().item()),
+            ((0, 0, 0, 0.5), lambda rgb: rgb.argmax(), lambda rgb: (rgb.max().item(), rgb.min().item())),
+        ],
+        ids=["brightness", "hue"],
+    )
+    def test_four_strengths_of_colour(
+        self,
+        strengths: tuple[float, float, float, float],
+        varies: Callable[[Tensor], Tensor],
+        stays: Callable[[Tensor], Any],
+    ) -> None:
+        splits = load_data("digits", resolution=8, augmentation=Augmentation(**WHOLE, color_jitter=strengths))
+        red = Image.new("RGB", (8, 8), (150, 51, 51))
+        torch.manual_seed(0)
+        mean, std = (torch.tensor(values)[:, None, None] for values in (splits.mean, splits.std))
+        found = [(splits.weights.transform(red) * std + mean)[:, 4, 4] for _ in range(40)]
+        assert len({varies(rgb).item() for rgb in found}) >= 3
+        expected = stays(torch.tensor([150, 51, 51]) / 255)
+        for rgb in found:
+            assert stays(rgb) == pytest.approx(expected, abs=0.01)
 
     @pytest.mark.parametrize("interpolation", ["bilinear", "nearest"])
     def test_padding_shifts_by_up_to_so_many_pixels_and_keeps_the_size(self, interpolation: str) -> None:
@@ -116,6 +144,8 @@ class TestAugmentation:
             (Augmentation(vflip=-0.1), "vflip is a probability"),
             (Augmentation(re_prob=2), "re_prob is a probability"),
             (Augmentation(color_jitter=-1), "color_jitter is a strength"),
+            (Augmentation(color_jitter=(0.1, 0.1, -0.1, 0.1)), "color_jitter is a strength"),
+            (Augmentation(color_jitter=(0.4, 0.4, 0.4, 0.6)), "hue, the last up to 0.5, got "),
             (Augmentation(interpolation="cubic"), "interpolation is one of nearest, bilinear, .*, got 'cubic'"),
             (Augmentation(re_prob=0.5, re_mode="noise"), "re_mode is one of const, rand, pixel"),
             (Augmentation(re_mode="pixel"), "re_mode=pixel has no effect while augmentation.re_prob is 0"),

@@ -22,6 +22,7 @@ from nni_cream.timing import space_of
 from tests.conftest import REPOSITORY
 from tests.latency_tables import made_up
 from tests.trials.commands import Began, Ended, call
+from tests.trials.processes import kill_in_epoch
 
 TINY = REPOSITORY / "tests/experiments/tiny_recipe.yml"
 
@@ -106,6 +107,10 @@ def test_a_search_keeps_to_its_milliseconds(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr
         return done.stdout
 
+    # Interrupted, it goes on with its copy of the table.
+    kill_in_epoch(1, tmp_path, "search_cream.py", "--recipe", TINY, *command[4:])
+    (tmp_path / "l.json").unlink()
+    assert not (tmp_path / "runs/tiny/child.json").exists()
     said = run()
     directory = RunDirectory(tmp_path / "runs/tiny")
     child = Child.load(directory.child)
@@ -122,5 +127,4 @@ def test_a_search_keeps_to_its_milliseconds(tmp_path: Path) -> None:
     assert LatencyTable.load(directory.latency) == table
     assert f"predicted to take between the {low:g} and {high:g} ms" in directory.report.read_text()
     assert json.loads(directory.child.read_text())["latency"] == child.latency
-    (tmp_path / "l.json").unlink()
-    assert "holds a search that has ended" in run()
+    assert "holds a search that has ended" in call("search_cream", "--recipe", TINY, *command[4:], folder=tmp_path).out

@@ -2,24 +2,34 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import yaml
 from PIL import Image
 from safetensors.torch import load_file
+from torch import nn
 
 from nni_cream.architecture import CreamPath
 from nni_cream.child import Child, build_network
+from nni_cream.compare import FOUND, RANDOM, Contestant
 from nni_cream.cost import measure_network
+from nni_cream.genotype import Genotype
 from nni_cream.seeds import Spread
-from tests.trials.commands import call
+from tests.latency_tables import made_up
+from tests.test_retrain import GENOTYPE
+from tests.trials.commands import Began, call, main_of
 from tests.trials.processes import trial
 
 PATH = "[[0], [1], [3], [4, 0], [2], [3], [0]]"
+OPERATIONS = ["none", "max_pool_3x3", "skip_connect", "sep_conv_3x3", "dil_conv_3x3"]
 
 
 def settings(**given: object) -> list[str]:
@@ -113,7 +123,20 @@ def test_the_recipe_for_solar_cells_trains(repository: Path, tmp_path: Path) -> 
     assert read(tmp_path / "runs/cells/result.json")["data"]["name"] == "elpv"
 
 
+def compare_here(folder: Path, *arguments: object) -> str:
+    """Compare in this process, without the reports of the trainings, and return what is printed."""
+    out = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["compare.py", *map(str, arguments)])
+        patch.setattr("nni_cream.retrain.leave_report", lambda *_: None)
+        patch.chdir(folder)
+        with contextlib.redirect_stdout(out):
+            main_of("compare")()
+    return out.getvalue()
+
+
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
 def test_a_child_is_compared(repository: Path, tmp_path: Path) -> None:
     """With a random path of the interval of its search, and with a standard network."""
     search = repository / "tests/experiments/tiny_recipe.yml"
@@ -124,19 +147,70 @@ def test_a_child_is_compared(repository: Path, tmp_path: Path) -> None:
     child.save(tmp_path / "runs/tiny/child.json", build_network(PATH, 10, {}))
     (tmp_path / "runs/tiny/recipe.yml").write_text(search.read_text())
     arguments = ["--seeds", 0, "--random", 1, "--networks", "cream_14"]
-    arguments += settings(epochs=1, schedule__warmup_epochs=0, data__batch_size=64)
-    result = trial(tmp_path, "compare.py", *arguments)
-    assert result.returncode == 0, result.stderr
+    arguments += settings(epochs=1, schedule__warmup_epochs=0, data__batch_size=64, data__validation_fraction=0.8)
+    said = compare_here(tmp_path, *arguments)
     folder = tmp_path / "runs/compare-tiny"
-    assert result.stdout.endswith((folder / "comparison.md").read_text())
+    assert said.endswith((folder / "comparison.md").read_text())
     rows = {row["group"]: row for row in read(folder / "comparison.json")["rows"]}
     assert list(rows) == ["found by the search", "random", "cream_14"]
     interval = yaml.safe_load(search.read_text())["flops"]
     assert interval["min"] <= rows["random"]["flops"] / 1e6 <= interval["max"]
     assert (rows["found by the search"]["flops"], rows["found by the search"]["params"]) == (cost.macs, cost.params)
-    again = trial(tmp_path, "compare.py", *arguments)
-    assert again.stdout.splitlines()[-5:] == result.stdout.splitlines()[-5:]
-    assert again.stdout.count("holds a training that has ended") == 3
+    again = compare_here(tmp_path, *arguments)
+    assert again.splitlines()[-5:] == said.splitlines()[-5:]
+    assert again.count("holds a training that has ended") == 3
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_a_genotype_is_compared_with_the_standard_networks(tmp_path: Path) -> None:
+    """Unless others are named, and with random cells of the same kind."""
+    size = {"channels": 2, "cells": 3, "nodes": 2, "operations": OPERATIONS}
+    data = {"name": "digits", "resolution": 16}
+    # Dearer than it is, so that which network is nearest is not what its classifier costs.
+    child = Child(GENOTYPE, 10, 0.5, 10**9, 2, data, {"name": "cells", "seed": 0}, space=size)
+    child.save(tmp_path / "runs/cells/child.json", build_network(str(GENOTYPE), 10, {"kind": "search", **size}))
+    less = settings(epochs=1, schedule__warmup_epochs=0, data__resolution=16, data__batch_size=48)
+    less += settings(darts__channels=4, darts__cells=3, data__validation_fraction=0.9, data__architecture_fraction=0.05)
+    compare_here(tmp_path, "--seeds", 0, "--random", 1, *less)
+    stored = read(tmp_path / "runs/compare-cells/comparison.json")
+    assert [row["group"] for row in stored["rows"]] == [FOUND, RANDOM, "mobilenetv3_large_100", "resnet18"]
+    assert [row["networks"] for row in stored["rows"]] == [1] * 4
+    networks = {name: summary["network"] for name, summary in stored["networks"].items()}
+    random = Genotype.parse(networks["random1"])
+    assert networks == {
+        "found": str(GENOTYPE),
+        "random1": str(random),
+        "mobilenetv3_large_100": "mobilenetv3_large_100",
+        "resnet18": "resnet18",
+    }
+    assert random != GENOTYPE
+    assert {operation for operation, _ in (*random.normal, *random.reduce)} <= set(OPERATIONS[1:])
+    assert stored["rows"][3]["flops"] == measure_network(timm.create_model("resnet18", num_classes=10), 16).macs
+
+
+def test_random_networks_keep_to_the_time_of_the_search(
+    repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table, interval = made_up(), {"table": str(tmp_path / "gone.json"), "min": 1.45, "max": 1.55}
+    search = yaml.safe_load((repository / "tests/experiments/tiny_recipe.yml").read_text())
+    table.save(tmp_path / "runs/tiny/latency.json")
+    (tmp_path / "runs/tiny/recipe.yml").write_text(yaml.safe_dump({**search, "latency": interval}))
+    data = {"name": "digits", "resolution": 32}
+    child = Child(CreamPath.parse(PATH), 10, 0.5, 1, 2, data, {"name": "tiny", "seed": 0}, latency=1.5)
+    child.save(tmp_path / "runs/tiny/child.json", nn.Linear(1, 1))
+    found: list[Contestant] = []
+
+    def begin(_: object, contestants: list[Contestant], *__: object) -> None:
+        found.extend(contestants)
+        raise Began
+
+    monkeypatch.setattr("nni_cream.compare.compare", begin)
+    with pytest.raises(Began):
+        call("compare", "--random", 8, folder=tmp_path)
+    times = [table.of(CreamPath.parse(one.network)) for one in found if one.group == RANDOM]
+    assert len(times) == 8
+    assert all(1.45 <= time <= 1.55 for time in times)
 
 
 @pytest.mark.parametrize(("name", "arguments"), [("retrain_child", ("--seeds", 0, 1)), ("compare", ())])

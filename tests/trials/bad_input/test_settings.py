@@ -42,7 +42,7 @@ COMMON = {
     "data.validation_fraction": PROBABILITIES | st.sampled_from([0, 1]),
     "data.augmentation.hflip": PROBABILITIES,
     "data.augmentation.re_prob": PROBABILITIES,
-    "data.augmentation.color_jitter": NUMBERS,
+    "data.augmentation.color_jitter": NUMBERS | st.just([0.4, 0.4]) | st.just([0.4, 0.4, 0.4, 0.6]),
     "data.augmentation.scale": NUMBERS | st.just([0.5]) | st.just([0.5, 0.6, 0.7]) | st.just([0.9, 0.1]),
     "data.augmentation.interpolation": WORDS,
     "data.augmentation.auto_augment": WORDS | st.just("rand-m9-zz"),
