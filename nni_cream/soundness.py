@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import sys
 from collections.abc import Mapping, Sequence
@@ -9,7 +10,7 @@ from typing import Any, Final
 
 import torch
 from pytorch_lightning.callbacks import Callback
-from torch import Tensor
+from torch import Tensor, nn
 
 from nni_cream.distributed import mean, processes
 from nni_cream.errors import TrainingError
@@ -31,6 +32,25 @@ def first_not_finite(named: Mapping[str, Sequence[Tensor]]) -> tuple[str, float]
     return next(((name, norm) for name, norm in zip(given, norms, strict=True) if not math.isfinite(norm)), None)
 
 
+class _Before:
+    """Parameters, and what their optimizer keeps of them, as they are before a step."""
+
+    def __init__(self, optimizer: Any, parameters: Sequence[nn.Parameter]) -> None:
+        # timm's Lookahead keeps everything in the optimizer that it wraps.
+        self._state: Any = getattr(optimizer, "_base_optimizer", optimizer).state
+        self._parameters = [(parameter, parameter.detach().clone()) for parameter in parameters]
+        self._kept = {p: copy.deepcopy(self._state[p]) for p in parameters if p in self._state}
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        for parameter, before in self._parameters:
+            parameter.copy_(before)
+            if parameter in self._kept:
+                self._state[parameter] = self._kept[parameter]
+            else:
+                self._state.pop(parameter, None)
+
+
 class Soundness(Callback):
     """Ends a training in the step whose loss or gradient is not finite, before any weight has changed.
 
@@ -50,10 +70,12 @@ class Soundness(Callback):
         self.bad = False
         self._loss: Tensor | None = None
         self._buffers: list[tuple[Tensor, Tensor]] = []
+        self._moved: list[_Before] = []
 
     def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
         """Remember the running statistics of batch norms, which change before a loss is known."""
         self.bad = False
+        self._moved = []
         if self.skipped < self.skips:
             self._buffers = [(buffer, buffer.clone()) for buffer in module.buffers()]
 
@@ -71,9 +93,24 @@ class Soundness(Callback):
         if found is None or (scaler is not None and found[0] == "gradient" and scaler.get_scale() > 1):
             return
         self.refuse(module, *found)
-        if scaler is None:
-            for parameter in parameters:
+        for parameter in parameters:
+            if getattr(optimizer, "_step_supports_amp_scaling", False) and scaler is not None:
+                # A fused one looks at the gradients itself, and there have to be some.
+                parameter.grad.fill_(math.inf)
+            else:
                 parameter.grad = None
+
+    def remember(self, optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter]) -> None:
+        """Keep what a step of ``optimizer`` is about to change, for a training step that has more parts than this one.
+
+        If one of the parts that follow is bad, all of it is left out. Without steps to be left out nothing is kept.
+
+        Args:
+            optimizer: that makes the step.
+            parameters: those that it will change.
+        """
+        if self.skipped < self.skips:
+            self._moved.append(_Before(optimizer, parameters))
 
     def allows(self, module: Any, named: Mapping[str, Sequence[Tensor]]) -> bool:
         """Tell whether a step that Lightning does not know of may be taken: whether all that it depends on is finite.
@@ -87,7 +124,7 @@ class Soundness(Callback):
         return found is None
 
     def refuse(self, module: Any, what: str, value: float) -> None:
-        """Leave this step out.
+        """Leave this step out, and put back what its parts have changed.
 
         Args:
             module: what is trained; its ``describe_step()``, if there is one, says what the step was about.
@@ -115,6 +152,8 @@ class Soundness(Callback):
             raise TrainingError(sentence + _ADVICE)
         for buffer, before in self._buffers:
             buffer.copy_(before)
+        for part in reversed(self._moved):
+            part.restore()
         if is_first():
             print(f"{sentence}; it is left out, {self.skipped} of at most {self.skips}.", file=sys.stderr, flush=True)
 
@@ -137,7 +176,7 @@ def unless_there(trainer: Any) -> list[Callback]:
     return [] if any(isinstance(callback, Soundness) for callback in trainer.callbacks) else [Soundness()]
 
 
-def refuse_broken(module: torch.nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> None:
+def refuse_broken(module: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> None:
     """Make sure that weights, buffers and the state of optimizers are finite.
 
     Raises:

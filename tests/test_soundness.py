@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,16 +11,21 @@ from typing import Any
 
 import pytest
 import torch
+from nni.nas.evaluator.pytorch import Trainer
+from pytorch_lightning.plugins import MixedPrecision
 from torch import Tensor, nn
 
 from nni_cream import cli, soundness
-from nni_cream.data import LabelledImages
+from nni_cream import search as searching
+from nni_cream.checkpoints import LastTwo
 from nni_cream.errors import TrainingError
 from nni_cream.soundness import Soundness, first_not_finite, refuse_broken
 from nni_cream.strategies import cream_module
+from nni_cream.strategies.cream_module import CreamLightningModule
+from nni_cream.strategies.darts_module import DartsLightningModule
 from tests import distributed_worker as small
 from tests import resuming
-from tests.trainers import LIGHTNINGS_WARNINGS
+from tests.trainers import LIGHTNINGS_WARNINGS, QUIET
 
 TRAINING, ALPHA, RETRAINING = 3, 4, 11  # the seeds of the images that the small searches and trainings learn from
 
@@ -117,6 +123,45 @@ class TestWhatEndsASearch:
         with pytest.raises(TrainingError, match=r"The loss is nan in step [1-4] of epoch 1, with cell weights normal "):
             small.darts("fused", order="first")
 
+    def spoil_module(self, monkeypatch: pytest.MonkeyPatch, spoil_it: Callable[[Any], None]) -> None:
+        """Spoil something of the module when its training begins."""
+        begin = lambda _, trainer, module: spoil_it(module)  # noqa: E731
+        monkeypatch.setattr(small.Watcher, "on_train_start", begin, raising=False)
+
+    @pytest.mark.parametrize(
+        ("search", "about"),
+        [
+            (cream, r"on path \[[0-2], [01]\], "),
+            (lambda: small.darts("fused", order="first"), "with cell weights normal .*, reduce .*, "),
+            (small.training, ""),
+        ],
+        ids=["cream", "darts", "training"],
+    )
+    def test_by_a_gradient_of_the_weights_alone(
+        self, monkeypatch: pytest.MonkeyPatch, search: Callable[[], Any], about: str
+    ) -> None:
+        """The loss is finite."""
+
+        def broken(module: Any) -> None:
+            for weight in module.parameters():
+                if weight.dim() == 4:
+                    weight.register_hook(lambda gradient: torch.full_like(gradient, math.inf))
+
+        self.spoil_module(monkeypatch, broken)
+        where = (
+            rf"^The gradient is (inf|nan) in step 1 of epoch 1, {about}at learning rate 0\.[01]\d*: the training has "
+        )
+        with pytest.raises(TrainingError, match=where):
+            search()
+
+    def test_by_alpha_itself(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def broken(module: Any) -> None:
+            next(module.alphas.parameters()).data.view(-1)[1] = math.inf
+
+        self.spoil_module(monkeypatch, broken)
+        with pytest.raises(TrainingError, match=r"^The α is inf in step 1 of epoch 1, with cell weights normal nan to"):
+            small.darts("fused", order="first")
+
     def test_of_a_training(self, monkeypatch: pytest.MonkeyPatch) -> None:
         spoil(monkeypatch, RETRAINING)
         with pytest.raises(TrainingError, match=r"The loss is nan in step [1-4] of epoch 1, at learning rate 0\.[01]"):
@@ -150,8 +195,7 @@ class TestLeavingOut:
     @pytest.mark.parametrize(
         ("search", "seed", "bad"),
         [
-            # A meta step, on other images of the batch, may be sound.
-            (lambda: cream(meta_interval=1000), TRAINING, 4),
+            (lambda: cream(meta_interval=1), TRAINING, 4),
             (lambda: small.darts("fused"), TRAINING, 2),
             (lambda: small.darts("fused", order="first"), ALPHA, 4),
             (small.training, RETRAINING, 2),
@@ -180,7 +224,52 @@ class TestLeavingOut:
         for report in found.get("reports", []):
             assert all(math.isfinite(value) for value in report.values() if isinstance(value, float))
 
-    def test_of_the_matching_layer_leaves_it_alone(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    @pytest.mark.parametrize(
+        ("part", "images_of", "search"),
+        [
+            (
+                (CreamLightningModule, "_meta_step"),
+                lambda path, images, targets, batch_idx: images,
+                lambda: cream(meta_interval=1),
+            ),
+            (
+                (DartsLightningModule, "_architecture_step"),
+                lambda training, validation: training[0],
+                lambda: small.darts("fused", order="first"),
+            ),
+        ],
+        ids=["cream", "darts"],
+    )
+    def test_takes_back_what_its_first_part_has_changed(
+        self,
+        monkeypatch: pytest.MonkeyPatch,
+        part: tuple[type, str],
+        images_of: Callable[..., Tensor],
+        search: Callable[[], Any],
+    ) -> None:
+        """Only the images of the second part are bad: those of the main loss, and of the loss of the weights."""
+        take = getattr(*part)
+        probe = Probe(3)
+        taken = 0
+
+        def spoilt(self: Any, *arguments: Any) -> None:
+            nonlocal taken
+            take(self, *arguments)
+            assert not probe.bad
+            assert resuming.differences(probe.state(self.trainer, self), probe.before) != []
+            taken += 1
+            if taken <= 3:
+                images_of(*arguments)[-1] = math.nan
+
+        monkeypatch.setattr(*part, spoilt)
+        monkeypatch.setattr(soundness, "unless_there", lambda _: [probe])
+        found = search()
+        assert probe.skipped == sum(probe.were_bad) == 3
+        assert probe.changed == [not was for was in probe.were_bad]
+        for report in found["reports"]:
+            assert all(math.isfinite(value) for value in report.values() if isinstance(value, float))
+
+    def test_of_the_matching_layer_leaves_all_alone(self, monkeypatch: pytest.MonkeyPatch) -> None:
         nothing = torch.tensor(math.nan)
         monkeypatch.setattr(cream_module, "matching_gradient", lambda _, ps, *__: tuple(nothing + p for p in ps))
         probe = Probe(99)
@@ -188,6 +277,7 @@ class TestLeavingOut:
         found = cream()
         assert probe.skipped > 1
         assert not any(name.startswith("matching.") for names in found["moved"] for name in names)
+        assert probe.changed == [not was for was in probe.were_bad]
         assert [math.isnan(loss) for loss in found["losses"]] == probe.were_bad
 
     def test_has_a_bound(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -203,8 +293,53 @@ class TestLeavingOut:
         assert again.skipped == 2
 
 
+def halved(epochs: int, watcher: Any) -> Any:
+    """Make a trainer that computes in float16, as on a GPU, and scales the loss."""
+    precision = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=1024))
+    return Trainer(**QUIET, max_epochs=epochs, callbacks=[watcher], num_sanity_val_steps=0, plugins=[precision])
+
+
+class TestHalfPrecision:
+    """Of 16-mixed: Lightning's own plugin, and PyTorch's own scaler."""
+
+    @pytest.fixture(autouse=True)
+    def half(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(small, "trainer", halved)
+
+    @pytest.mark.parametrize(("search", "seed"), [(small.training, RETRAINING), (cream, TRAINING)])
+    def test_leaves_out_so_many_bad_steps(
+        self, monkeypatch: pytest.MonkeyPatch, search: Callable[[], Any], seed: int
+    ) -> None:
+        spoil(monkeypatch, seed)
+        probe = Probe(1)
+        monkeypatch.setattr(soundness, "unless_there", lambda _: [probe])
+        with pytest.raises(TrainingError, match=r"^The loss( of .*)? is nan in step [1-4] of epoch 2, "):
+            search()
+        assert probe.skipped == 2
+        assert probe.changed == [not was for was in probe.were_bad]
+        assert probe.were_bad.count(True) == 1
+
+    @pytest.mark.parametrize("execution", ["foreach", "fused"])
+    def test_a_bad_loss_with_sound_gradients_moves_nothing(
+        self, monkeypatch: pytest.MonkeyPatch, execution: str
+    ) -> None:
+        """The scaler looks at the gradients alone."""
+        compute = small.ImageClassifier.training_step
+        monkeypatch.setattr(
+            small.ImageClassifier,
+            "training_step",
+            lambda self, batch, number: compute(self, batch, number) + (math.inf if number == 2 else 0),
+        )
+        monkeypatch.setattr(small, "SGD", {**small.SGD, execution: True})
+        probe = Probe(2)
+        monkeypatch.setattr(soundness, "unless_there", lambda _: [probe])
+        small.training()
+        assert probe.were_bad == [False, False, True, False] * 2
+        assert probe.changed == [not was for was in probe.were_bad]
+
+
 class TestLossScaling:
-    """Of 16-mixed, which needs a GPU: what the callback does when PyTorch's scaler has unscaled the gradients."""
+    """What the callback does when PyTorch's scaler has unscaled the gradients."""
 
     @pytest.fixture
     def weight(self) -> nn.Parameter:
@@ -239,26 +374,43 @@ class TestLossScaling:
 
 
 class TestCheckpoints:
+    @pytest.mark.parametrize(
+        ("kind", "sentence"),
+        [
+            ("cream", r"The loss is nan in step 3 of epoch 1, on path \[\d.*\], at learning rate 0\.0\d+"),
+            (
+                "darts",
+                r"The loss of α is nan in step 3 of epoch 1, with cell weights normal .*, at learning rate 0\.0\d+",
+            ),
+            ("retrain", r"The loss is nan in step 3 of epoch 1, at learning rate 0\.05"),
+        ],
+    )
     def test_are_of_before_and_the_trial_has_failed(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+        self,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+        kind: str,
+        sentence: str,
     ) -> None:
-        vary = LabelledImages._varied
-        number = 0
+        begin = LastTwo.on_train_batch_start
 
-        def spoilt(self: LabelledImages, position: int) -> tuple[Tensor, int]:
-            nonlocal number
-            number += 1
-            image, label = vary(self, position)
-            return (image / 0 if number > 5 * 16 else image), label
+        def spoilt(self: LastTwo, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
+            begin(self, trainer, module, batch, batch_idx)
+            if batch_idx == 2:
+                images, _ = batch["train"] if kind == "darts" else batch
+                images[3] = math.nan
 
-        monkeypatch.setattr(LabelledImages, "_varied", spoilt)
+        monkeypatch.setattr(LastTwo, "on_train_batch_start", spoilt)
+        # It takes longer than all the rest.
+        monkeypatch.setattr(searching, "refuse_unreachable", lambda *_: None)
         with pytest.raises(SystemExit) as caught:
-            cli.run(lambda: resuming.run("retrain", tmp_path, {"checkpoint_minutes": 1e-6}))
+            cli.run(lambda: resuming.run(kind, tmp_path, {"checkpoint_minutes": 1e-6}))
         assert caught.value.code == 1
         error = capsys.readouterr().err.splitlines()[-1]
-        assert error.startswith("error: The loss is nan in step 6 of epoch 1, at learning rate 0.05: ")
+        assert re.fullmatch(f"error: {sentence}: the training has diverged, and its last checkpoint is of .*", error)
         checkpoint = torch.load(tmp_path / "checkpoints/last.ckpt", weights_only=True)
-        assert checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["total"]["processed"] == 5
+        assert checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["total"]["processed"] == 2
         assert all(t.isfinite().all() for t in checkpoint["state_dict"].values())
 
     @pytest.mark.parametrize(

@@ -309,10 +309,12 @@ class CreamLightningModule(BaseOneShotLightningModule):
             scaler.update(scale * scaler.get_backoff_factor())
             return
         learning_rate = self._weight_optimizer().param_groups[0]["lr"]
+        guard = soundness.of(self.trainer)
+        guard.remember(self._weight_optimizer(), [p for p, _ in drawn])
         # A loss with the gradient that is known already, in place of a second pass through the network.
         linear = torch.stack([(p * g).sum() for p, g in drawn]).sum()
         self.advance_optimization(teaching.weight.detach() * linear, batch_idx)
-        if soundness.of(self.trainer).bad:
+        if guard.bad:
             return
 
         held_out, labels = images[size : 2 * size], targets[size : 2 * size]
@@ -326,9 +328,10 @@ class CreamLightningModule(BaseOneShotLightningModule):
         )
         average_(gradients)
         read = {"loss of the matching layer": [validation_loss.detach()], "gradient of the matching layer": gradients}
-        if not soundness.of(self.trainer).allows(self, read):
+        if not guard.allows(self, read):
             return
         optimizer: torch.optim.Optimizer = self.architecture_optimizers().optimizer
+        guard.remember(optimizer, parameters)
         for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.grad = gradient
         # Not through Lightning, whose loss scaling (16-mixed) knows nothing of this gradient.

@@ -175,6 +175,8 @@ class DartsLightningModule(BaseOneShotLightningModule):
                 clip *= loss_scale(self.trainer)
             self.advance_optimization(loss, batch_idx, clip, "norm")
         self.advance_lr_schedulers(batch_idx)
+        if soundness.of(self.trainer).bad:
+            return None
         accuracy = (logits.argmax(-1) == targets).to(loss).mean()
         loss, accuracy = mean(torch.stack([loss.detach(), accuracy])).unbind()
         self._train_loss.update(loss)
@@ -192,9 +194,11 @@ class DartsLightningModule(BaseOneShotLightningModule):
             "loss of α": [result.valid_loss],
             "gradient of α": gradients,
         }
-        if not soundness.of(self.trainer).allows(self, read):
+        guard = soundness.of(self.trainer)
+        if not guard.allows(self, read):
             return
         optimizer: Any = self.architecture_optimizers()
+        guard.remember(optimizer.optimizer, list(self.alphas.parameters()))
         for table, gradient in zip(self.alphas.parameters(), gradients, strict=True):
             table.grad = gradient
         # Not through Lightning, whose loss scaling (16-mixed) knows nothing of this gradient.
