@@ -1,4 +1,4 @@
-"""GPUs under NNI's own scheduler, on any machine: NNI asks the library of the driver, in whose place another tells it."""
+"""GPUs under NNI's own scheduler, on any machine: another library answers NNI in the place of the driver's."""
 
 from __future__ import annotations
 
