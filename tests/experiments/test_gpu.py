@@ -1,4 +1,4 @@
-"""GPUs under NNI's own scheduler, on any machine: NNI asks the library of the driver, in whose place another tells it."""
+"""GPUs under NNI's own scheduler, on any machine: a stand-in for the driver's library tells NNI what there is."""
 
 from __future__ import annotations
 

@@ -224,7 +224,9 @@ def test_the_shipped_remote_experiment_is_stopped_and_resumed_and_brings_the_arc
     epochs = list(range(1, settings["epochs"] + 1))
     assert _epochs_in(folder) == epochs
     # What the second process has printed; it trains again at most the epoch that the first had not yet saved.
-    trained = [int(epoch) for epoch in re.findall(r"^epoch (\d+),", (folder / "trial.stdout").read_text(), re.MULTILINE)]
+    trained = [
+        int(epoch) for epoch in re.findall(r"^epoch (\d+),", (folder / "trial.stdout").read_text(), re.MULTILINE)
+    ]
     assert trained in (epochs[len(before) :], epochs[len(before) - 1 :])
     assert {place: point["epoch"] for place, point in curve} == dict(enumerate(epochs))
     assert all(0 <= point["default"] <= 1 for _, point in curve)
