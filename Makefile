@@ -1,6 +1,7 @@
 # make search   a search on real images: prepares .venv, runs experiments/cream.yml through NNI, prints what it found
 # make search-darts   the same with experiments/darts.yml, and then trains what it found
 # make test     every test, the slow ones too
+# make test-nni the tests of what is said in docs/nni.md
 # make check    formatting, lint, types
 # make clean    removes .venv; runs/ is yours and stays
 
@@ -11,7 +12,10 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 # A process a core, with the files of tests shared out among them.
 BESIDE_EACH_OTHER := --numprocesses auto --maxprocesses 4 --dist loadfile
 
-.PHONY: search search-darts test test-fast check clean
+NNI_TESTS := tests/experiments tests/test_experiment.py $(wildcard tests/strategies/test_in_nni.py \
+	tests/strategies/*/test_in_nni.py) $(addprefix tests/test_docs.py::,test_a_search_in_python test_a_search_with_a_recipe)
+
+.PHONY: search search-darts test test-fast test-nni check clean
 
 search: $(VENV)/installed
 	@$(BIN)/python -m nni_cream.experiment experiments/cream.yml
@@ -26,6 +30,9 @@ test: $(VENV)/installed-dev
 
 test-fast: $(VENV)/installed-dev
 	$(BIN)/python -m pytest $(BESIDE_EACH_OTHER) -m "not slow"
+
+test-nni: $(VENV)/installed-dev
+	$(BIN)/python -m pytest $(BESIDE_EACH_OTHER) --durations 25 $(NNI_TESTS)
 
 check: $(VENV)/installed-dev
 	$(BIN)/ruff format --check .

@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import subprocess
 import sys
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import requests
 import yaml
 
-from nni_cream.architecture import CreamPath
 from nni_cream.experiment import _conclude
-from tests.experiments.ports import free_port
 
-NNICTL = [sys.executable, "-m", "nni.tools.nnictl.nnictl"]
 TIMEOUT = 300
 
 
@@ -34,47 +27,6 @@ def tiny(repository: Path, tmp_path: Path) -> Path:
     file = tmp_path / "tiny.yml"
     file.write_text(yaml.safe_dump(config))
     return file
-
-
-@pytest.fixture
-def experiment(tiny: Path) -> Iterator[str]:
-    """A running experiment; gives the address of its REST interface."""
-    port = free_port()
-    created = subprocess.run(
-        [*NNICTL, "create", "--config", str(tiny), "--port", str(port)], capture_output=True, text=True, check=True
-    )
-    found = re.search(r"Experiment ID: (?:\x1b\[\d+m)?(\w+)", created.stdout)
-    assert found is not None, created.stdout
-    yield f"http://127.0.0.1:{port}/api/v1/nni"
-    subprocess.run([*NNICTL, "stop", found.group(1)], capture_output=True, check=True)
-
-
-@pytest.mark.slow
-def test_nnictl_create_runs_a_search_that_reports_to_nni(experiment: str) -> None:
-    deadline = time.monotonic() + TIMEOUT
-    while requests.get(f"{experiment}/check-status", timeout=20).json()["status"] != "DONE":
-        assert time.monotonic() < deadline
-        time.sleep(1)
-    (trial,) = requests.get(f"{experiment}/trial-jobs", timeout=20).json()
-    folder = Path(trial["logPath"])
-    assert trial["status"] == "SUCCEEDED", (folder / "trial.stderr").read_text()
-
-    reports = requests.get(f"{experiment}/metric-data", timeout=20).json()
-
-    def values(kind: str) -> list[dict[str, Any]]:
-        chosen = sorted((r for r in reports if r["type"] == kind), key=lambda r: r["sequence"])
-        return [json.loads(json.loads(r["data"])) for r in chosen]
-
-    curve = values("PERIODICAL")
-    assert [point["epoch"] for point in curve] == [1, 2]
-    assert all(0 <= point["default"] <= 1 for point in curve)
-    (final,) = values("FINAL")
-    child = json.loads((folder / "child.json").read_text())
-    assert CreamPath.parse(final["path"]).to_json() == child["path"]
-    assert (final["default"], final["flops"], final["params"]) == (child["accuracy"], child["flops"], child["params"])
-    assert (folder / "child.safetensors").is_file()
-    # The tuner's value arrived: it is not the recipe's.
-    assert yaml.safe_load((folder / "recipe.yml").read_text())["optimizer"]["lr"] == 0.05
 
 
 @pytest.mark.slow

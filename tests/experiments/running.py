@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import re
@@ -25,6 +26,7 @@ NNICTL = (sys.executable, "-m", "nni.tools.nnictl.nnictl")
 TINY = REPOSITORY / "tests/experiments/tiny.yml"
 SECONDS = 240
 T = TypeVar("T")
+_ENDING: list[psutil.Process] = []
 
 
 def tiny_experiment(folder: Path, *settings: str, **changes: Any) -> Path:
@@ -112,7 +114,7 @@ def create(config: Path) -> Running:
 
 @contextmanager
 def running(config: Path) -> Iterator[Running]:
-    """Start an experiment, and stop it in the end."""
+    """Start an experiment, and stop it in the end; nobody waits for its last seconds."""
     experiment = create(config)
     try:
         yield experiment
@@ -126,4 +128,15 @@ def running(config: Path) -> Iterator[Running]:
             print(experiment.trials())
         raise
     finally:
-        nnictl("stop", experiment.identity)
+        # Not there where it was killed.
+        with suppress(ValueError):
+            manager = experiment.manager()
+            manager.terminate()
+            _ENDING.append(manager)
+
+
+@atexit.register
+def _await_managers() -> None:
+    _, left = psutil.wait_procs(_ENDING, timeout=60)
+    for manager in left:
+        manager.kill()

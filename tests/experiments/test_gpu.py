@@ -1,4 +1,4 @@
-"""GPUs under NNI's own scheduler, on any machine: another library answers NNI in the place of the driver's."""
+"""GPUs under NNI's own scheduler, on any machine: a stand-in for the driver's library tells NNI what there is."""
 
 from __future__ import annotations
 

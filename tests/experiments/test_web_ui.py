@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import requests
+import yaml
+from PIL import Image
 from playwright.sync_api import Page, expect
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -81,7 +83,7 @@ def test_the_curve_grows_while_the_supernet_trains(page: Page, experiment: Runni
 
 
 def test_the_trial_shows_accuracy_cost_and_architecture(
-    page: Page, experiment: Running, screenshots: Path | None
+    page: Page, experiment: Running, screenshots: Path | None, tmp_path: Path
 ) -> None:
     experiment.await_end()
     reload(page, experiment, "SUCCEEDED")
@@ -105,10 +107,20 @@ def test_the_trial_shows_accuracy_cost_and_architecture(
     row.locator("[data-automation-key=_expand] i").click()
     expect(page.get_by_text("optimizer.lr:")).to_be_visible()
     row.locator("[data-automation-key=_expand] i").click()
-    if screenshots is not None:
-        page.get_by_text("Intermediate result", exact=True).click()
-        page.wait_for_timeout(3000)  # while the curve is drawn
-        page.screenshot(path=screenshots / "web_ui.png")
+
+    # The column is too narrow for a path, and shows the whole of it to who points there.
+    page.get_by_text("Intermediate result", exact=True).click()
+    page.wait_for_function(f"({COLOURED})() > 200")
+    page.wait_for_timeout(1500)  # while the curve is drawn to its end
+    row.locator("[data-automation-key='metric/path'] .ellipsis").hover()
+    whole = page.locator(".ms-Tooltip-content")
+    expect(whole).to_be_visible()
+    expect(whole).to_be_in_viewport(ratio=1)
+    expect(whole).to_have_text(str(CreamPath.of(child["path"])))
+    assert whole.evaluate("element => element.scrollWidth <= element.clientWidth")
+    picture = (screenshots or tmp_path) / "web_ui.png"
+    page.screenshot(path=picture)
+    assert Image.open(picture).size == (1840, 840)
 
 
 def test_the_tensorboard_button_opens_the_curves_of_the_trial(page: Page, experiment: Running) -> None:
@@ -131,6 +143,22 @@ def test_the_tensorboard_button_opens_the_curves_of_the_trial(page: Page, experi
     assert "train_loss" in experiment.await_(tags, "TensorBoard had the curves", seconds=120)
     events = EventAccumulator(str(experiment.folder() / "tensorboard")).Reload()
     assert len(events.Scalars("val_accuracy")) == EPOCHS
+
+
+def test_the_search_has_reported_to_nni_what_it_found(experiment: Running) -> None:
+    (trial,) = experiment.await_end()
+    folder = experiment.folder()
+    assert trial["status"] == "SUCCEEDED", (folder / "trial.stderr").read_text()
+    curve = [value for _, _, value in experiment.reports("PERIODICAL")]
+    assert [point["epoch"] for point in curve] == list(range(1, EPOCHS + 1))
+    assert all(0 <= point["default"] <= 1 for point in curve)
+    ((_, _, final),) = experiment.reports("FINAL")
+    child = json.loads((folder / "child.json").read_text())
+    assert CreamPath.parse(final["path"]).to_json() == child["path"]
+    assert (final["default"], final["flops"], final["params"]) == (child["accuracy"], child["flops"], child["params"])
+    assert (folder / "child.safetensors").is_file()
+    # The tuner's value arrived: it is not the recipe's.
+    assert yaml.safe_load((folder / "recipe.yml").read_text())["optimizer"]["lr"] == 0.05
 
 
 def test_nni_gives_the_trial_no_gpu(experiment: Running) -> None:

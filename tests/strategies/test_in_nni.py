@@ -113,6 +113,8 @@ def test_their_space_is_searched_and_exported_in_every_format(
     for network in networks:
         assert not any(isinstance(module, nas.LayerChoice | nas.InputChoice) for module in network.modules())
         assert network.eval()(images).shape == (2, CLASSES)
+    # Of DARTS there is one, however many are asked for.
+    assert len(ended.export_top_models(3)) == number
     # NNI writes code for graph spaces only, and says so.
     with pytest.raises(ValueError, match='"code" is only supported for GraphModelSpace'):
         ended.export_top_models(formatter="code")
@@ -127,10 +129,13 @@ def test_top_k_is_the_order_of_the_board(experiment: Callable[..., Any]) -> None
 
 
 @pytest.mark.parametrize(("strategy", "name"), [(cream, "CreamStrategy"), (darts, "DartsStrategy")])
-def test_a_choice_that_cannot_be_searched_is_refused_by_name(
+def test_a_choice_that_cannot_be_searched_is_refused_by_name_with_the_reason(
     experiment: Callable[..., Any], strategy: Callable[[], Any], name: str
 ) -> None:
-    with pytest.raises(UserError, match=rf"'(odd|width)'.*cannot be searched by {name}"):
+    reason = (
+        rf"'(odd|width)'.*cannot be searched by {name}, which takes LayerChoice, and InputChoice with n_chosen given"
+    )
+    with pytest.raises(UserError, match=reason):
         experiment(WithValue(), strategy())
 
 
@@ -158,6 +163,19 @@ def test_survives_nnis_serialisation(made: Callable[[], Any]) -> None:
     for name, value in vars(strategy.settings).items():
         found = getattr(loaded.settings, name)
         assert (tuple(found) if isinstance(value, tuple) else found) == value
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("strategy", "loader"), [(CreamStrategy, "ranking_dataloader"), (DartsStrategy, "reporting_dataloader")]
+)
+def test_is_loaded_with_the_users_data_in_a_process_that_knows_nni_only(strategy: Any, loader: str) -> None:
+    dumped = nni.dump(strategy(**{loader: DataLoader([3, 1, 4, 1, 5], batch_size=2)}))
+    program = "import sys, nni; strategy = nni.load(sys.argv[1]); print(type(strategy).__name__, "
+    program += f"*[batch.tolist() for batch in strategy.{loader}])"
+    command = [sys.executable, "-W", "ignore", "-c", program, dumped]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert result.stdout == f"{strategy.__name__} [3, 1] [4, 1] [5]\n", result.stderr
 
 
 def test_the_names_are_listed_where_nni_users_look() -> None:

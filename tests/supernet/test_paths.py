@@ -137,6 +137,8 @@ class Rate(nas.ModelSpace):
 @pytest.mark.parametrize(
     ("space", "label"), [(AnyInputs, "any_inputs"), (Width, "width"), (Depth, "depth"), (Rate, "rate")]
 )
-def test_other_mutables_are_refused_by_name(space: Any, label: str) -> None:
-    with pytest.raises(UserError, match=rf"The choice '{label}'"):
+def test_other_mutables_are_refused_by_name_with_the_reason(space: Any, label: str) -> None:
+    with pytest.raises(
+        UserError, match=rf"The choice '{label}'.* takes LayerChoice, and InputChoice with n_chosen given"
+    ):
         PathSpace(space())
