@@ -3,7 +3,8 @@
     python benchmarks/export_differences.py
 
 The networks have random weights, batch-norm statistics of the images that they are compared on, so that logits differ
-from image to image, and a classifier that makes the largest logit 10, about what a trained one has. Each is written and checked by what ``trials/export_child.py`` does, and then read again.
+from image to image, and a classifier that makes the largest logit 10, about what a trained one has. Each is written and
+checked by what ``trials/export_child.py`` does, and then read again.
 """
 
 from __future__ import annotations
