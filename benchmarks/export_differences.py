@@ -2,9 +2,10 @@
 
     python benchmarks/export_differences.py
 
-The networks have random weights, batch-norm statistics of the images that they are compared on, so that logits differ
-from image to image, and a classifier that makes the largest logit 10, about what a trained one has. Each is written and
-checked by what ``trials/export_child.py`` does, and then read again.
+The networks are new. So that they resemble trained ones, batch norms have the statistics of the images that are compared
+on, and a bias of 1, with which most activations let most through: otherwise every layer makes rounding larger. Their
+classifier is scaled so that the largest logit is 10. Each is written and checked by what ``trials/export_child.py`` does,
+and then read again.
 """
 
 from __future__ import annotations
@@ -35,6 +36,8 @@ def compare(name: str, folder: Path) -> dict[str, Any]:
         if isinstance(module, torch.nn.BatchNorm2d):
             # The mean over all batches, which is one.
             module.momentum = None
+            if module.affine:
+                torch.nn.init.ones_(module.bias)
     with torch.no_grad():
         network.train()(images)
         classifier = network.eval().get_classifier()
