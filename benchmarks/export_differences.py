@@ -2,10 +2,10 @@
 
     python benchmarks/export_differences.py
 
-The networks are new. So that they resemble trained ones, batch norms have the statistics of the images that are compared
-on, and a bias of 1, with which most activations let most through: otherwise every layer makes rounding larger. Their
-classifier is scaled so that the largest logit is 10. Each is written and checked by what ``trials/export_child.py`` does,
-and then read again.
+The networks are new. So that they resemble trained ones, batch norms have the statistics of the images that are
+compared on, and a bias of 1, with which most activations let most through: otherwise every layer makes rounding larger.
+Their classifier is scaled so that the largest logit is 10. Each is written and checked by what
+``trials/export_child.py`` does, and then read again.
 """
 
 from __future__ import annotations
