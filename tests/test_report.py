@@ -382,7 +382,7 @@ def test_nothing_is_lost_by_text_that_could_be_markup(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @every_kind
-def test_in_a_browser(written: dict[str, Written], kind: str, scheme: Any, screenshots: Path | None) -> None:
+def test_in_a_browser(written: dict[str, Written], kind: str, scheme: Any) -> None:
     said: list[str] = []
     asked: list[str] = []
     address = written[kind].directory.report.as_uri()
@@ -409,9 +409,6 @@ def test_in_a_browser(written: dict[str, Written], kind: str, scheme: Any, scree
             assert shown == pytest.approx(natural_width / natural_height, rel=0.02)
         dark = page.evaluate("() => getComputedStyle(document.body).backgroundColor")
         assert dark == {"light": "rgb(255, 255, 255)", "dark": "rgb(23, 25, 28)"}[scheme]
-        if screenshots is not None and (kind, scheme) == ("cream", "light"):
-            page.set_viewport_size({"width": 1000, "height": 1420})
-            page.screenshot(path=screenshots / "report.png")
         # On a narrow screen nothing is cut off, and only wide tables are moved to and fro.
         page.set_viewport_size({"width": 380, "height": 700})
         assert page.evaluate("() => document.scrollingElement.scrollWidth") <= 380

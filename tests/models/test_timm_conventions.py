@@ -151,7 +151,23 @@ def test_a_network_is_its_state_dict(name: str, tmp_path: Path) -> None:
         again = timm.create_model(name).eval()
         assert not torch.allclose(again(batch), expected)
         again.load_state_dict(weights)
+        # What comes out of the layers that the information of features names, as it passes in the whole network.
+        features = timm.create_model(name, features_only=True).eval()
+        features.load_state_dict({key: weights[key.removeprefix("model.")] for key in features.state_dict()})
+        seen: dict[str, Tensor] = {}
+        layers = dict(again.named_modules())
+        for layer in features.feature_info.module_name():
+            layers[layer].register_forward_hook(lambda *passed, layer=layer: seen.update({layer: passed[-1]}))
         assert torch.equal(again(batch), expected)
+        given = features(batch)
+        assert len(given) == len(seen) >= 3
+        assert all(torch.equal(feature, passed) for feature, passed in zip(given, seen.values(), strict=True))
 
         traced = torch.jit.trace(network, batch[:2], check_trace=False)
         torch.testing.assert_close(traced(batch), expected)
+
+    logits = network.train()(batch)
+    torch.nn.functional.cross_entropy(logits, torch.tensor([0, 1, 2])).backward()
+    gradients = {key: parameter.grad for key, parameter in network.named_parameters()}
+    assert [key for key, gradient in gradients.items() if gradient is None or not gradient.isfinite().all()] == []
+    assert [key for key, gradient in gradients.items() if not gradient.any()] == []

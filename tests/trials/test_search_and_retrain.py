@@ -25,6 +25,7 @@ from torch import Tensor
 
 from nni_cream.data import load_data
 from nni_cream.evaluate import load_checkpoint
+from tests.browser import new_page
 from tests.trials.processes import command, epochs, kill_in_epoch, trial
 
 pytestmark = pytest.mark.slow
@@ -42,6 +43,34 @@ def searched(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     assert result.returncode == 0, result.stderr
     assert "FLOPs:" in result.stdout
     return folder
+
+
+def test_the_report_shows_in_a_browser_what_was_found(searched: Path) -> None:
+    run = searched / "runs" / "tiny"
+    child = json.loads((run / "child.json").read_text())
+    with new_page(viewport={"width": 1000, "height": 800}) as page:
+        page.goto((run / "report.html").as_uri())
+        facts = dict(zip(*(page.locator(f"dl.facts {part}").all_inner_texts() for part in ("dt", "dd")), strict=True))
+        # Of the tables, by the first word of their heads; tabs lie between cells.
+        tables = {table.split()[0]: table.splitlines() for table in page.locator("table").all_inner_texts()}
+        path = page.locator("pre").first.inner_text()
+        loaded = page.evaluate("() => [...document.images].map(image => image.complete && image.naturalWidth > 100)")
+    assert list(facts.values())[:3] == [
+        f"{100 * child['accuracy']:.2f}\u00a0%",
+        f"{child['flops'] / 1e6:.3f}\u00a0M",
+        f"{child['params'] / 1e6:.3f}\u00a0M",
+    ]
+    assert path == str(child["path"])
+    board = [row.split("\t")[:3] for row in tables["Rank"][1:]]
+    found = [child, *child["runners_up"]]
+    assert [(rank, path) for rank, path, _ in board] == [
+        (str(i), str(one["path"])) for i, one in enumerate(found, start=1)
+    ]
+    assert [row[2].split("\u00a0")[0] for row in board] == [f"{100 * one['accuracy']:.2f}" for one in found]
+    stages = [row.split("\t") for row in tables["Stage"][1:]]
+    assert [len(row[3].split(";")) for row in stages] == [len(stage) for stage in child["path"]]
+    assert loaded
+    assert all(loaded)
 
 
 def blocks_of_the_supernet(checkpoint: Path) -> int:
