@@ -24,7 +24,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor
 
 import nni_cream  # noqa: F401
-from nni_cream import cli
+from nni_cream import cli, search
 from nni_cream.checkpoints import LastTwo
 from nni_cream.child import Candidate
 from nni_cream.recipe import CreamRecipe, DartsRecipe, RetrainRecipe
@@ -105,7 +105,9 @@ def run(kind: str, folder: Path, changes: dict[str, Any]) -> None:
         retrain(RetrainRecipe.model_validate(content), Candidate(None, GENOTYPE), directory)
 
 
-def _child(kind: str, folder: Path, changes: dict[str, Any], environment: dict[str, str], steps: Connection) -> None:
+def _child(
+    kind: str, folder: Path, changes: dict[str, Any], environment: dict[str, str], killed_at: str, steps: Connection
+) -> None:
     warnings.simplefilter("ignore")
     os.environ.update(environment)
     folder.mkdir(parents=True, exist_ok=True)
@@ -123,6 +125,16 @@ def _child(kind: str, folder: Path, changes: dict[str, Any], environment: dict[s
             steps.send("validation")
         measured(self, trainer, *arguments)
 
+    name = Path.replace
+
+    def name_or_die(self: Path, target: Path) -> Path:
+        if Path(target).name == killed_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return name(self, target)
+
+    Path.replace = name_or_die  # type: ignore[method-assign,assignment]
+    # It takes longer than a search, and has nothing to do with it.
+    search.refuse_unreachable = lambda *_: None
     LastTwo.on_train_batch_start = tell  # type: ignore[method-assign]
     LastTwo.on_validation_batch_end = tell_too  # type: ignore[method-assign]
     cli.run(lambda: run(kind, folder, changes))
@@ -130,7 +142,14 @@ def _child(kind: str, folder: Path, changes: dict[str, Any], environment: dict[s
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
-    ["tests.resuming", "search_spaces.cream", "search_spaces.darts", "sklearn.datasets", "torch.utils.tensorboard"]
+    [
+        "tests.resuming",
+        "tests.planned",
+        "search_spaces.cream",
+        "search_spaces.darts",
+        "sklearn.datasets",
+        "torch.utils.tensorboard",
+    ]
 )
 
 
@@ -198,10 +217,15 @@ def start_two(kind: str, folder: Path, **changes: Any) -> tuple[Started, Started
     return first, second
 
 
-def start(kind: str, folder: Path, environment: dict[str, str] | None = None, **changes: Any) -> Started:
-    """Start a process that runs what ``kind`` says, with ``changes`` to its recipe."""
+def start(
+    kind: str, folder: Path, environment: dict[str, str] | None = None, killed_at: str = "", **changes: Any
+) -> Started:
+    """Start a process that runs what ``kind`` says, with ``changes`` to its recipe.
+
+    It is killed when it has written the file called ``killed_at``, just before that gets its name.
+    """
     ours, theirs = _context.Pipe(duplex=False)
-    process = _context.Process(target=_child, args=(kind, folder, changes, environment or {}, theirs))
+    process = _context.Process(target=_child, args=(kind, folder, changes, environment or {}, killed_at, theirs))
     process.start()
     theirs.close()
     return Started(process, ours, folder)
@@ -215,12 +239,20 @@ def complete(kind: str, folder: Path, **changes: Any) -> Path:
 
 
 def kill_at(kind: str, folder: Path, step: int, delay: float, **changes: Any) -> None:
-    """Run, and kill it ``delay`` seconds after the beginning of a step of this process."""
+    """Run, and kill it ``delay`` seconds after the beginning of the step of that number in the whole run."""
     started = start(kind, folder, **changes)
-    started.await_step(step)
+    while started.await_step(1) < step:
+        pass
     time.sleep(delay)
     started.signal(signal.SIGKILL)
     assert started.end() == -signal.SIGKILL, started.output()
+
+
+def kill_in_the_writing_of(name: str, kind: str, folder: Path, **changes: Any) -> None:
+    """Run, and let it be killed when the file called ``name`` is there under a temporary name alone."""
+    started = start(kind, folder, killed_at=name, **changes)
+    assert started.end() == -signal.SIGKILL, started.output()
+    assert not (folder / name).exists()
 
 
 def differences(ours: Any, theirs: Any, where: str = "") -> list[str]:

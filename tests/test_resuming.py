@@ -12,7 +12,16 @@ import psutil
 import pytest
 import torch
 
-from tests.resuming import RECIPES, complete, differences, kill_at, left_behind, start, start_two
+from tests.resuming import (
+    RECIPES,
+    complete,
+    differences,
+    kill_at,
+    kill_in_the_writing_of,
+    left_behind,
+    start,
+    start_two,
+)
 
 # A checkpoint every other step or so.
 OFTEN = {"checkpoint_minutes": 0.001}
@@ -64,23 +73,38 @@ def is_in_the_middle(folder: Path) -> bool:
 
 
 @pytest.mark.parametrize(
-    ("kind", "workers", "kills"),
-    [("cream", 0, 3), ("cream", 2, 1), ("darts", 0, 2), ("darts", 1, 1), ("retrain", 0, 3)],
+    ("kind", "workers", "kills", "file"),
+    [
+        ("cream", 0, 2, "history.json"),
+        ("cream", 2, 1, ""),
+        ("darts", 0, 2, "child.json"),
+        ("darts", 1, 1, ""),
+        ("retrain", 0, 3, "model.safetensors"),
+        ("retrain", 1, 1, ""),
+    ],
 )
 def test_killed_runs_end_as_those_that_are_not(
-    tmp_path: Path, uninterrupted: Uninterrupted, kind: str, workers: int, kills: int
+    tmp_path: Path, uninterrupted: Uninterrupted, kind: str, workers: int, kills: int, file: str
 ) -> None:
-    """Each process is killed at a random moment (signal 9), in a step, a validation or an end of an epoch."""
-    moments = random.Random(f"{kind} {workers}")
+    """Each process is killed (signal 9): at a random moment of its part of the run, or in the writing of a file.
+
+    A moment is in a step, a validation or an end of an epoch; when the first file is written, the ranking is over.
+    """
+    # Of a seed by which each kind has moments in the middle of an epoch and in the last one.
+    moments = random.Random(f"{kind} {workers} 8830")
     expected = dict(uninterrupted[kind])
     changes = dict(OFTEN)
     if workers:
         changes["data"] = {**RECIPES[kind]["data"], "workers": workers}
     in_the_middle = 0
-    for _ in range(kills):
-        kill_at(kind, tmp_path, moments.randint(2, STEPS[kind] // (kills + 1)), moments.uniform(0, 0.1), **changes)
+    for number in range(kills):
+        # The last steps are over sooner than a process can be killed.
+        first, last = (2 + (STEPS[kind] - 5) * i // kills for i in (number, number + 1))
+        kill_at(kind, tmp_path, moments.randint(first, last), moments.uniform(0, 0.1), **changes)
         in_the_middle += is_in_the_middle(tmp_path)
     assert in_the_middle > 0
+    if file:
+        kill_in_the_writing_of(file, kind, tmp_path, **changes)
     found = left_behind(complete(kind, tmp_path, **changes))
     for left in (found, expected):
         for name in ("child.json", "result.json"):

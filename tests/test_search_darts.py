@@ -453,7 +453,10 @@ class TestInterruption:
     def test_a_search_interrupted_after_its_last_epoch_still_ends(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        def fail(*_: Any) -> None:
+        save = Child.save
+
+        def fail(self: Child, file: Path, network: nn.Module) -> None:
+            save(self, tmp_path / "whole" / file.name, network)
             raise RuntimeError("killed")
 
         with monkeypatch.context() as patch:
@@ -465,7 +468,8 @@ class TestInterruption:
         assert rows(tmp_path) == before
         assert len(before) == 2
         assert again.child.search["supernet_accuracy"] == float(before[-1]["val_accuracy"])
-        assert (tmp_path / "child.json").exists()
+        for name in ("child.json", "child.safetensors"):
+            assert (tmp_path / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
 def test_the_child_comes_after_the_history_and_the_report_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -269,6 +269,24 @@ class TestLeavingOut:
         for report in found["reports"]:
             assert all(math.isfinite(value) for value in report.values() if isinstance(value, float))
 
+    def test_counts_in_no_average(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A training accuracy is one of images that have been learnt from."""
+        spoil(monkeypatch, TRAINING)
+        probe = Probe(2)
+        monkeypatch.setattr(soundness, "unless_there", lambda _: [probe])
+        averages: list[Any] = []
+        take = small.DartsStrategy.configure_oneshot_module
+
+        def noted(self: Any, module: Any) -> Any:
+            made = take(self, module)
+            averages.append(made._train_accuracy)
+            return made
+
+        monkeypatch.setattr(small.DartsStrategy, "configure_oneshot_module", noted)
+        small.darts("fused", order="first")
+        # Three of the four steps of the last epoch.
+        assert [average.weight.item() for average in averages] == [3]
+
     def test_of_the_matching_layer_leaves_all_alone(self, monkeypatch: pytest.MonkeyPatch) -> None:
         nothing = torch.tensor(math.nan)
         monkeypatch.setattr(cream_module, "matching_gradient", lambda _, ps, *__: tuple(nothing + p for p in ps))

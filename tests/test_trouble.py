@@ -1,12 +1,22 @@
 from __future__ import annotations
 
 import errno
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from nni_cream import cli, search
 from nni_cream.errors import TrainingError
+from nni_cream.strategies.cream_module import CreamLightningModule
+from nni_cream.strategies.darts_module import DartsLightningModule
+from nni_cream.training import ImageClassifier
 from nni_cream.trouble import named_batch, sentence_of
+from tests import resuming
+from tests.trainers import LIGHTNINGS_WARNINGS
+
+pytestmark = LIGHTNINGS_WARNINGS
 
 KILLED = "DataLoader worker (pid 12) is killed by signal: Killed. "
 BUS = (
@@ -97,6 +107,28 @@ def test_what_tidying_up_raises_does_not_hide_the_cause() -> None:
     assert sentence_of(error) == "There is not enough memory: too much."
     with pytest.raises(TrainingError, match=r"with data.batch_size 8 \(too much\); try"), named_batch(8):
         raise error
+
+
+@pytest.mark.parametrize(
+    ("kind", "module"),
+    [("cream", CreamLightningModule), ("darts", DartsLightningModule), ("retrain", ImageClassifier)],
+)
+def test_a_search_or_training_without_memory_says_which_batch_to_try(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], kind: str, module: type
+) -> None:
+    def step(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(module, "training_step", step)
+    # It takes longer than all the rest.
+    monkeypatch.setattr(search, "refuse_unreachable", lambda *_: None)
+    with pytest.raises(SystemExit) as caught:
+        cli.run(lambda: resuming.run(kind, tmp_path, {}))
+    assert caught.value.code == 1
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        "error: There is not enough memory for a step with data.batch_size 16 (CUDA out of memory); try --set "
+        "data.batch_size=8 --name …."
+    )
 
 
 def test_memory_that_is_truly_lacking() -> None:

@@ -29,12 +29,13 @@ GENOTYPE = (
 SETTINGS = ("data.name=digits", "data.resolution=8", "data.batch_size=128", "epochs=4", "schedule.warmup_epochs=0")
 SETTINGS += ("darts.channels=8", "darts.cells=3", "device.accelerator=cpu")
 COMMAND = [f"--architecture={GENOTYPE}", *(word for setting in SETTINGS for word in ("--set", setting))]
+ONE_WORKER = ("--set", "data.workers=1")
 # Its checkpoints are of 78 kB, and three of them are there at a time.
 DISK = "240k"
 
 # A training to which something happens: the command itself, after some lines of this test's.
 HAPPENING = """
-import os, resource, runpy, sys
+import os, resource, runpy, subprocess, sys
 sys.path.insert(0, {repository!r})
 import nni_cream
 from nni_cream.checkpoints import LastTwo
@@ -81,9 +82,9 @@ def epochs_in(folder: Path) -> dict[str, int]:
     return {file.name: torch.load(file, weights_only=True)["epoch"] + 1 for file in (folder / "checkpoints").iterdir()}
 
 
-def finished(folder: Path) -> None:
+def finished(folder: Path, *extra: str) -> None:
     """See that the same command goes on from the last checkpoint, to the end."""
-    done = start(folder, "--output", "run")
+    done = start(folder, "--output", "run", *extra)
     assert done.returncode == 0, done.stderr
     assert "epoch 1," not in done.stdout
     assert "test accuracy: " in done.stdout
@@ -180,35 +181,38 @@ def deadly(self, index):
 Images.rgb = deadly
 """
         # Each epoch has its own workers, so that the next one's see the checkpoint.
-        sentence = trouble(start(tmp_path, "--output", "run", "--set", "data.workers=1", happening=killed))
+        sentence = trouble(start(tmp_path, "--output", "run", *ONE_WORKER, happening=killed))
         assert sentence.startswith("A process of the data loader has ended (DataLoader worker (pid")
         assert "data.workers=" in sentence
-        assert epochs_in(tmp_path / "run")["last.ckpt"] == 1
+        assert epochs_in(tmp_path / "run") == {"last.ckpt": 1}
+        finished(tmp_path, *ONE_WORKER)
 
     @pytest.mark.parametrize("size", ["4k", "40k"])
     def test_no_shared_memory(self, tmp_path: Path, size: str) -> None:
-        """Not enough for a semaphore, or for a batch."""
+        """Not enough for a semaphore, or for a batch, after the first epoch."""
         if namespace():
-            done = start(
-                tmp_path,
-                "--output",
-                "run",
-                "--set",
-                "data.workers=1",
-                before=f"mount -t tmpfs -o size={size} tmpfs /dev/shm",
-            )
+            # The one that there is stays beneath.
+            happening = f"""
+def then(self, trainer, module):
+    ended(self, trainer, module)
+    subprocess.run("mount -t tmpfs -o size={size} tmpfs /dev/shm", shell=True, check=True)
+LastTwo.on_train_epoch_end = then
+"""
+            done = start(tmp_path, "--output", "run", *ONE_WORKER, happening=happening, before=":")
         else:
             limited = """
 read = Images.rgb
 def narrow(self, index):
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
+    if os.path.exists("run/checkpoints/last.ckpt"):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
     return read(self, index)
 Images.rgb = narrow
 """
-            done = start(tmp_path, "--output", "run", "--set", "data.workers=1", happening=limited)
+            done = start(tmp_path, "--output", "run", *ONE_WORKER, happening=limited)
         sentence = trouble(done)
         assert sentence.startswith("The processes of the data loader have too little shared memory, /dev/shm (")
         assert "--set data.workers=0" in sentence
+        assert epochs_in(tmp_path / "run") == {"last.ckpt": 1}
 
 
 def test_too_little_memory_for_a_step(tmp_path: Path) -> None:
