@@ -162,7 +162,8 @@ class Experiment:
     def reports(self, kind: str) -> list[tuple[int, dict[str, Any]]]:
         """What has been reported, by its place on the curve."""
         found = [report for report in self.get("metric-data") if report["type"] == kind]
-        return sorted((r["sequence"], json.loads(json.loads(r["data"]))) for r in found)
+        found.sort(key=lambda report: report["sequence"])
+        return [(report["sequence"], json.loads(json.loads(report["data"]))) for report in found]
 
     def stop(self) -> None:
         subprocess.run([*NNICTL, "stop", self.identity], capture_output=True, check=True, env=self.environment)
@@ -228,7 +229,10 @@ def test_the_shipped_remote_experiment_is_stopped_and_resumed_and_brings_the_arc
         int(epoch) for epoch in re.findall(r"^epoch (\d+),", (folder / "trial.stdout").read_text(), re.MULTILINE)
     ]
     assert trained in (epochs[len(before) :], epochs[len(before) - 1 :])
-    assert {place: point["epoch"] for place, point in curve} == dict(enumerate(epochs))
+    # What ends while the manager is stopping has been taken by NNI, and does not reach the curve.
+    shown = [point["epoch"] for _, point in curve]
+    assert shown in (epochs, [epoch for epoch in epochs if epoch != before[-1]])
+    assert [place + 1 for place, _ in curve] == shown
     assert all(0 <= point["default"] <= 1 for _, point in curve)
     ((_, final),) = finals
     # The metrics say all that the machine over there knows of the architecture.
