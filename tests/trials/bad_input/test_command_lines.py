@@ -87,6 +87,14 @@ LINES = {
         ["--name", "a"],
         [],
     ],
+    "export_child": [
+        [],
+        ["stray"],
+        *(["--checkpoint", value] for value in ("file", "nowhere", "other")),
+        ["--checkpoint", "file", "--model", "cream_15"],
+        ["--checkpoint", "file", "--weights", "both"],
+        *(["--checkpoint", "file", option, "x"] for option in ("--resolution", "--opset", "--format", "--import")),
+    ],
     "compare": [
         [],
         ["stray"],

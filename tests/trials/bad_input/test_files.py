@@ -122,7 +122,9 @@ class TestFiles:
         elif fault == "bomb":
             write_bomb(file, data.draw(st.booleans()))
         data_set = ["--set", "data.name=digits", "--set", "data.resolution=32"]
-        refused(place, "test_child", "--checkpoint", file, "--model", model, *data_set)
+        sentence = refused(place, "test_child", "--checkpoint", file, "--model", model, *data_set)
+        # Of a network that there is not, it says that.
+        assert "14.pth.tar" in sentence or fault == "model"
 
     def test_weights_of_a_child_that_are_to_be_inherited(self, place: Path, trained: Path) -> None:
         for fault in ("gone", "cut", "bomb", "classes"):
@@ -139,6 +141,15 @@ class TestFiles:
                 save_file({"a": torch.ones(1)}, file)
             command = ["--child", place / "child.json", "--set", "inherit_weights=true"]
             assert "child.safetensors" in refused(place, "retrain_child", *command)
+
+    def test_weights_of_a_child_of_other_classes(self, place: Path, trained: Path) -> None:
+        child = json.loads((trained / "child.json").read_text(encoding="utf-8"))
+        (place / "child.json").write_text(json.dumps({**child, "num_classes": 7}), encoding="utf-8")
+        shutil.copy(trained / "child.safetensors", place)
+        command = ["--child", place / "child.json", "--set", "inherit_weights=true"]
+        assert refused(place, "retrain_child", *command).endswith(
+            "child.json was searched with 7 classes and the data has 10; leave it off, or give the data of the search."
+        )
 
     def test_a_checkpoint_of_a_run_with_code_in_it(self, place: Path) -> None:
         """An interrupted run: the folder is claimed already, so that what it holds has to stay as it is."""

@@ -12,6 +12,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nni_cream.recipe import CreamRecipe, DartsRecipe, EvaluationRecipe, RetrainRecipe, dotted_keys
 from tests.trials.bad_input.refusals import (
     COMMANDS,
     FRACTIONS,
@@ -33,17 +34,25 @@ COMMON = {
     "epochs": COUNTS,
     "seed": NUMBERS | st.integers(min_value=2**32),
     "name": st.text(alphabet="/ .-\t", max_size=3) | st.integers(),
+    "checkpoint_minutes": NUMBERS | st.just(0),
+    "skip_bad_steps": NUMBERS | FRACTIONS,
     "data.name": WORDS,
+    # These images are in none.
+    "data.folder": st.sampled_from(["elsewhere", "~/images", "/"]) | st.integers() | st.just(["images"]),
     "data.resolution": COUNTS | st.integers(min_value=1, max_value=7),
     "data.batch_size": COUNTS | st.just(1),
     "data.workers": NUMBERS | FRACTIONS | st.integers(min_value=10_000),
     "data.download": SWITCHES,
+    "data.resident": SWITCHES,
     "data.architecture_fraction": PROBABILITIES | st.sampled_from([0, 1]),
     "data.validation_fraction": PROBABILITIES | st.sampled_from([0, 1]),
     "data.augmentation.hflip": PROBABILITIES,
+    "data.augmentation.vflip": PROBABILITIES,
     "data.augmentation.re_prob": PROBABILITIES,
     "data.augmentation.color_jitter": NUMBERS | st.just([0.4, 0.4]) | st.just([0.4, 0.4, 0.4, 0.6]),
+    "data.augmentation.re_mode": WORDS,
     "data.augmentation.scale": NUMBERS | st.just([0.5]) | st.just([0.5, 0.6, 0.7]) | st.just([0.9, 0.1]),
+    "data.augmentation.ratio": NUMBERS | st.just([0.5]) | st.just([0.5, 0.6, 0.7]) | st.just([0.9, 0.1]),
     "data.augmentation.interpolation": WORDS,
     "data.augmentation.auto_augment": WORDS | st.just("rand-m9-zz"),
     "data.augmentation.crop_padding": COUNTS,
@@ -53,12 +62,14 @@ COMMON = {
     "optimizer.momentum": PROBABILITIES | st.just(1),
     "optimizer.weight_decay": NUMBERS,
     "optimizer.filter_bias_and_bn": SWITCHES,
+    "optimizer.execution": WORDS,
     "schedule.name": WORDS,
     "schedule.interval": WORDS,
     "schedule.decay_rate": PROBABILITIES | st.just(0),
     "schedule.decay_epochs": NUMBERS | st.just(0),
     "optimizer.eps": NUMBERS | st.just(0),
     "schedule.warmup_epochs": NUMBERS | FRACTIONS | st.integers(min_value=1_000),
+    "schedule.warmup_lr": NUMBERS,
     "schedule.min_lr": NUMBERS | st.floats(min_value=100, max_value=1e300),
     "device.accelerator": WORDS | st.just("tpus"),
     "device.devices": COUNTS | st.just(3),
@@ -77,6 +88,9 @@ SETTINGS = {
         "latency.max": NUMBERS | st.just(0) | st.floats(min_value=0.01, max_value=1e300),
         "space.dil_conv": SWITCHES,
         "space.resunit": WORDS | st.just(["basic", "none"]),
+        "space.operations": WORDS,
+        "space.skip": SWITCHES,
+        "space.aligned": SWITCHES,
         "cream.board_size": COUNTS,
         "cream.board_images": COUNTS | st.integers(min_value=33),
         "cream.admission_gap": NUMBERS,
@@ -86,6 +100,7 @@ SETTINGS = {
         "cream.label_smoothing": LABEL_SMOOTHING,
         "cream.meta_interval": COUNTS,
         "cream.matching_lr": NUMBERS | st.just(0),
+        "cream.recalibration_batches": COUNTS,
     },
     "search_darts": {
         **COMMON,
@@ -100,9 +115,16 @@ SETTINGS = {
         "darts.hypergradient": WORDS,
         "darts.radius": NUMBERS | st.just(0),
         "darts.warmup_epochs": NUMBERS | FRACTIONS | st.integers(min_value=3),
+        "darts.alpha_lr": NUMBERS | st.just(0),
+        "darts.alpha_weight_decay": NUMBERS,
         "darts.alpha_betas": NUMBERS | st.just([0.5]) | st.just([0.5, 1]) | st.just([-0.5, 0.9]),
         "darts.gradient_clip": NUMBERS | st.just(0),
+        "darts.label_smoothing": LABEL_SMOOTHING,
         "darts.stop_above_skips": NUMBERS | FRACTIONS,
+        "darts.skip_limit": NUMBERS | FRACTIONS,
+        "darts.flops_target": NUMBERS | st.just(0),
+        "darts.flops_weight": NUMBERS | st.just(0),
+        "darts.execution": WORDS,
         "darts.eigenvalue": WORDS | st.just(True),
     },
     "retrain_child": {
@@ -113,6 +135,8 @@ SETTINGS = {
         "drop_rate": LABEL_SMOOTHING,
         "drop_path_rate": LABEL_SMOOTHING,
         "gradient_clip": NUMBERS | st.just(0),
+        "auxiliary_weight": NUMBERS,
+        "device.compile": WORDS,
         "mixing.mixup": NUMBERS | st.floats(min_value=1001),
         "mixing.cutmix": NUMBERS | st.floats(min_value=1001),
         "mixing.prob": PROBABILITIES,
@@ -122,24 +146,31 @@ SETTINGS = {
         "ema.warmup": SWITCHES,
         "darts.stem": WORDS,
         "darts.channels": COUNTS | st.sampled_from([1, 3]),
+        "darts.cells": COUNTS,
+        "darts.auxiliary": SWITCHES,
     },
     "test_child": {
         key: values
         for key, values in COMMON.items()
-        if key.startswith(("device.", "data.")) and "augmentation" not in key and "fraction" not in key
+        if re.match(r"device\.|data\.(?!augmentation|.*fraction)|data.augmentation.interpolation", key)
     },
+}
+KINDS = {
+    "search_cream": CreamRecipe,
+    "search_darts": DartsRecipe,
+    "retrain_child": RetrainRecipe,
+    "test_child": EvaluationRecipe,
 }
 # Settings of which null is a value, as are lists or other words, are written here.
 NULLABLE = re.compile(
-    r"augmentation|data\.(resolution|name|folder|batch_size|workers)|concat|threads|clip|skips|eps|decay|off_epoch"
-    r"|latency\.(table|max)"
+    r"augmentation|data\.(resolution|name|folder|batch_size|workers|resident)|concat|threads|clip|skips|eps|decay|off_epoch"
+    r"|skip_limit|flops_target|execution|latency\.(table|max)"
 )
 
 
 @st.composite
 def wrong_settings(draw: st.DrawFn) -> tuple[str, str, Any]:
-    name = draw(st.sampled_from(sorted(SETTINGS)))
-    key = draw(st.sampled_from(sorted(SETTINGS[name])))
+    name, key = draw(st.sampled_from([(name, key) for name in sorted(SETTINGS) for key in sorted(SETTINGS[name])]))
     values = SETTINGS[name][key]
     if not NULLABLE.search(key):
         values |= st.none()
@@ -155,6 +186,13 @@ def sources(name: str, folder: Path) -> list[object]:
 
 # What the commands have said.
 tried: list[str] = []
+
+
+@pytest.mark.parametrize("name", sorted(SETTINGS))
+def test_the_tables_name_every_setting(name: str) -> None:
+    keys = dotted_keys(KINDS[name])
+    groups = {key.rpartition(".")[0] for key in keys} | {key.split(".")[0] for key in keys if "." in key}
+    assert sorted(SETTINGS[name]) == sorted({*keys} - groups)
 
 
 class TestRecipes:
@@ -179,8 +217,8 @@ class TestRecipes:
         file.write_text(yaml.safe_dump(recipe, allow_unicode=True), encoding="utf-8")
         sentence = refused(place, name, "--recipe", file, *sources(name, trained), *extra)
         tried.append(sentence)
-        # What is wrong is named: the setting, or the group that it would be in.
-        assert key.rpartition(".")[2] in sentence or key.split(".")[0] in sentence
+        # What is wrong is named: the setting, or one of it, or the group that it would be in.
+        assert key.rpartition(".")[2].removesuffix("s") in sentence or key.split(".")[0] in sentence
 
     @pytest.mark.parametrize("name", sorted(COMMANDS))
     def test_that_are_no_yaml_or_no_settings(self, place: Path, name: str) -> None:
