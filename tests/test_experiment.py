@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 from nni_cream.experiment import _conclude
+from tests.experiments.gpus import devices_of, on_the_gpu_in_use
 
 TIMEOUT = 300
 
@@ -30,14 +31,18 @@ def tiny(repository: Path, tmp_path: Path) -> Path:
 
 
 @pytest.mark.slow
-def test_the_runner_prints_the_result_and_ends_with_0(tiny: Path) -> None:
-    result = run_experiment(tiny)
+def test_the_runner_prints_the_result_of_a_trial_on_the_gpu_that_nni_has_chosen(tiny: Path, tmp_path: Path) -> None:
+    config, environment = on_the_gpu_in_use(yaml.safe_load(tiny.read_text()), tmp_path)
+    tiny.write_text(yaml.safe_dump(config))
+    result = run_experiment(tiny, **environment)
     assert result.returncode == 0, result.stderr
     for word in ("web UI:", "epoch 2,", "path:", "flops:", "params:", "accuracy:", "folder:", "report:"):
         assert word in result.stdout
     match = re.search(r"^folder: +(.+)$", result.stdout, re.MULTILINE)
     assert match is not None
-    assert (Path(match.group(1)) / "child.json").is_file()
+    folder = Path(match.group(1))
+    assert (folder / "child.json").is_file()
+    assert devices_of(folder) == ("1", "1", "1")
 
 
 @pytest.mark.slow
@@ -126,8 +131,7 @@ def test_the_runner_says_what_is_wrong_with_the_yaml(tiny: Path) -> None:
     assert "Traceback" not in result.stderr
 
 
-def run_experiment(config: Path) -> subprocess.CompletedProcess[str]:
+def run_experiment(config: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "nni_cream.experiment", str(config)]
-    return subprocess.run(
-        command, capture_output=True, text=True, timeout=TIMEOUT, check=False, env={**os.environ, "PYTHONWARNINGS": ""}
-    )
+    env = {**os.environ, "PYTHONWARNINGS": "", **environment}
+    return subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, check=False, env=env)
