@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import threading
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,11 @@ from nni_cream.strategies import CreamStrategy
 from nni_cream.training import ImageClassifier
 from tests.distributed_worker import SCHEDULE, SGD, PathSpace
 
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
+    pytest.mark.filterwarnings("ignore:.*LeafSpec"),
+]
+
 STEPS = 2000
 WARM_UP = 600
 EVERY = 20
@@ -35,29 +42,43 @@ BATCH_BYTES = 16 * 3 * 16 * 16 * 4
 class Samples(pl.Callback):
     """What the process holds, every so many steps: bytes of memory, open files, threads."""
 
-    def __init__(self) -> None:
+    def __init__(self, warm_up: int) -> None:
+        self.warm_up = warm_up
         self.process = psutil.Process()
         self.taken: list[tuple[int, int, int, int]] = []
 
     def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
         step = trainer.fit_loop.total_batch_idx
-        if step >= WARM_UP and step % EVERY == 0:
+        if step >= self.warm_up and step % EVERY == 0:
             memory, files = self.process.memory_info().rss, len(os.listdir("/proc/self/fd"))
             self.taken.append((step, memory, files, self.process.num_threads()))
 
 
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:.*does not have many workers")
-@pytest.mark.filterwarnings("ignore:.*LeafSpec")
-def test_a_long_search_does_not_grow(tmp_path: Path) -> None:
+def grown(taken: list[tuple[int, int, int, int]]) -> list[str]:
+    """Say of what a process holds more and more."""
+    step, memory, files, threads = np.array(taken).T
+    growth = np.polyfit(step, memory, 1)[0]
+    found = []
+    # Holding on to the images of one step in ten would be more.
+    if growth >= BATCH_BYTES / 10:
+        found.append(f"memory: {growth:.0f} bytes a step, {memory.tolist()}")
+    if files.max() > files[0] + 1:  # a checkpoint may be being written
+        found.append(f"files: {files.tolist()}")
+    if threads.max() > threads[0]:
+        found.append(f"threads: {threads.tolist()}")
+    return found
+
+
+def search(folder: Path, steps: int, warm_up: int, *callbacks: pl.Callback) -> list[tuple[int, int, int, int]]:
+    """Search, and return the samples."""
     splits = load_data("digits", resolution=16, augmentation=Augmentation(hflip=0.5, re_prob=0.2))
     training = make_training_loader(splits.weights, DATA, 1, Device(accelerator="cpu"))
-    samples = Samples()
+    samples = Samples(warm_up)
     trainer = Trainer(
         accelerator="cpu",
-        max_epochs=-(-STEPS // len(training)),
-        callbacks=[samples, LastTwo(RunDirectory(tmp_path), minutes=0.05)],
-        logger=TensorBoardLogger(tmp_path),
+        max_epochs=-(-steps // len(training)),
+        callbacks=[*callbacks, samples, LastTwo(RunDirectory(folder), minutes=0.05)],
+        logger=TensorBoardLogger(folder),
         enable_progress_bar=False,
         enable_model_summary=False,
         num_sanity_val_steps=0,
@@ -71,12 +92,35 @@ def test_a_long_search_does_not_grow(tmp_path: Path) -> None:
     torch.manual_seed(0)
     strategy = CreamStrategy(board_images=4, warmup_epochs=1, board_size=3, meta_interval=5, recalibration_batches=2)
     strategy(RawFormatModelSpace.from_model(PathSpace(10), evaluator), SequentialExecutionEngine())
+    assert samples.taken[-1][0] >= steps - EVERY
+    assert trainer.global_step >= steps
+    return samples.taken
 
-    step, memory, files, threads = np.array(samples.taken).T
-    assert step[-1] >= STEPS - EVERY
-    assert trainer.global_step >= STEPS
-    growth = np.polyfit(step, memory, 1)[0]
-    # Holding on to the images of one step in ten would be more.
-    assert growth < BATCH_BYTES / 10, f"{growth:.0f} bytes a step: {memory.tolist()}"
-    assert files.max() <= files[0] + 1  # a checkpoint may be being written
-    assert threads.max() <= threads[0]
+
+@pytest.mark.slow
+def test_a_long_search_does_not_grow(tmp_path: Path) -> None:
+    assert grown(search(tmp_path, STEPS, WARM_UP)) == []
+
+
+class Leak(pl.Callback):
+    """Holds on to half of every batch, and now and then to an open file and to a thread."""
+
+    def __init__(self, files: ExitStack, end: threading.Event) -> None:
+        self.files = files
+        self.end = end
+        self.images: list[Any] = []
+
+    def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.images.append(batch[0][::2].clone())
+        if batch_idx % 40 == 0:
+            self.files.enter_context(Path(__file__).open())  # noqa: SIM115
+            threading.Thread(target=self.end.wait).start()
+
+
+@pytest.mark.slow
+def test_one_that_leaks_is_found_to_grow(tmp_path: Path) -> None:
+    end = threading.Event()
+    with ExitStack() as files:
+        files.callback(end.set)
+        found = grown(search(tmp_path, 240, 80, Leak(files, end)))
+    assert [sentence.partition(":")[0] for sentence in found] == ["memory", "files", "threads"]

@@ -168,13 +168,11 @@ NULLABLE = re.compile(
 )
 
 
-@st.composite
-def wrong_settings(draw: st.DrawFn) -> tuple[str, str, Any]:
-    name, key = draw(st.sampled_from([(name, key) for name in sorted(SETTINGS) for key in sorted(SETTINGS[name])]))
-    values = SETTINGS[name][key]
-    if not NULLABLE.search(key):
-        values |= st.none()
-    return name, key, draw(values)
+WRONG = {
+    (name, key): values if NULLABLE.search(key) else values | st.none()
+    for name, of_command in SETTINGS.items()
+    for key, values in of_command.items()
+}
 
 
 def sources(name: str, folder: Path) -> list[object]:
@@ -196,12 +194,14 @@ def test_the_tables_name_every_setting(name: str) -> None:
 
 
 class TestRecipes:
-    @fuzz(250)
-    @given(wrong_settings(), st.booleans())
-    def test_with_a_value_out_of_range(
-        self, place: Path, trained: Path, wrong: tuple[str, str, Any], in_file: bool
-    ) -> None:
-        name, key, value = wrong
+    @fuzz(2)
+    @given(st.fixed_dictionaries(WRONG))
+    def test_with_a_value_out_of_range(self, place: Path, trained: Path, wrong: dict[tuple[str, str], Any]) -> None:
+        """Of every setting of every command, one after the other, in the file or on the command line."""
+        for number, ((name, key), value) in enumerate(wrong.items()):
+            self.is_refused(place, trained, name, key, value, in_file=number % 2 == 0)
+
+    def is_refused(self, place: Path, trained: Path, name: str, key: str, value: Any, in_file: bool) -> None:
         recipe = base(name)
         extra: list[object] = []
         # A training is named after the network, whatever the file says.
