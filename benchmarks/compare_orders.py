@@ -17,7 +17,8 @@ from typing import Any
 from common import ROOT, mean_and_spread, run_trial, save_result, settings_arguments
 
 from nni_cream.genotype import Genotype
-from nni_cream.recipe import DartsRecipe, load_recipe
+from nni_cream.recipe import DartsRecipe
+from nni_cream.recipe_files import load_recipe
 from nni_cream.runs import read_json
 
 KINDS: dict[str, dict[str, Any]] = {

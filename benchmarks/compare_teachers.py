@@ -17,7 +17,8 @@ from typing import Any
 
 from common import ROOT, mean_and_spread, run_trial, save_result, settings_arguments
 
-from nni_cream.recipe import CreamRecipe, load_recipe
+from nni_cream.recipe import CreamRecipe
+from nni_cream.recipe_files import load_recipe
 from nni_cream.runs import read_json
 
 TEACHERS = ("matching", "top1", "none")

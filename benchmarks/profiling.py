@@ -15,7 +15,8 @@ from pytorch_lightning.profilers import SimpleProfiler
 
 from nni_cream import retrain, search, search_darts
 from nni_cream.child import Candidate
-from nni_cream.recipe import CreamRecipe, DartsRecipe, RetrainRecipe, load_recipe
+from nni_cream.recipe import CreamRecipe, DartsRecipe, RetrainRecipe
+from nni_cream.recipe_files import load_recipe
 from nni_cream.runs import RunDirectory
 
 # Two epochs of about ten steps.

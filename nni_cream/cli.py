@@ -16,7 +16,8 @@ from nni_cream import interruption
 from nni_cream.errors import TrainingError, UserError
 from nni_cream.imports import import_file
 from nni_cream.ranks import is_first
-from nni_cream.recipe import Recipe, parse_override, to_yaml
+from nni_cream.recipe import Recipe
+from nni_cream.recipe_files import parse_override, to_yaml
 from nni_cream.runs import RunDirectory, newest_training
 from nni_cream.trouble import sentence_of
 

@@ -22,10 +22,11 @@ from nni_cream.errors import UserError
 from nni_cream.genotype import Genotype
 from nni_cream.latency import LatencyTable
 from nni_cream.ranks import is_first
-from nni_cream.recipe import CreamRecipe, DartsSpaceSettings, RetrainRecipe
+from nni_cream.recipe import CreamRecipe, RetrainRecipe
 from nni_cream.runs import RunDirectory, read_json, write_json, write_text
 from nni_cream.sampling import PathSampler
 from nni_cream.seeds import Spread, retrain_seeds
+from nni_cream.settings import DartsSpaceSettings
 
 FOUND: Final = "found by the search"
 RANDOM: Final = "random"

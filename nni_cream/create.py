@@ -27,7 +27,7 @@ from nni_cream.child import (
 from nni_cream.data import preparation
 from nni_cream.errors import UserError
 from nni_cream.models.darts import checkpoint_filter_fn
-from nni_cream.recipe import EvaluationData
+from nni_cream.settings import EvaluationData
 
 # Arguments of a DARTS network that make it another one than its file has the weights of.
 _OF_ANOTHER_NETWORK: Final = ("channels", "cells", "stem", "searched")

@@ -35,8 +35,9 @@ from nni_cream.cost import measure_network
 from nni_cream.data import LabelledImages
 from nni_cream.errors import UserError
 from nni_cream.models.darts import DartsNetwork, checkpoint_filter_fn
-from nni_cream.recipe import Data, EvaluationData, EvaluationRecipe, Optimizer, Schedule
+from nni_cream.recipe import EvaluationRecipe
 from nni_cream.search import arrange_in_memory, load_splits, make_loader, on_device
+from nni_cream.settings import Data, EvaluationData, Optimizer, Schedule
 from nni_cream.training import ImageClassifier
 
 

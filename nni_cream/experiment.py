@@ -26,7 +26,7 @@ from nni.experiment import Experiment
 
 from nni_cream.cli import Parser, run
 from nni_cream.errors import UserError
-from nni_cream.recipe import read_yaml
+from nni_cream.recipe_files import read_yaml
 from nni_cream.runs import REPORT, describe
 
 _FIRST_PORT = 8080

@@ -27,8 +27,8 @@ from nni_cream.cost import measure_network
 from nni_cream.data import preparation
 from nni_cream.errors import UserError
 from nni_cream.evaluate import Checkpoint, load_checkpoint
-from nni_cream.recipe import EvaluationData
 from nni_cream.runs import write_atomically
+from nni_cream.settings import EvaluationData
 
 # The endings of their files.
 FORMATS: Final = {"onnx": ".onnx", "export": ".pt2", "torchscript": ".pt"}

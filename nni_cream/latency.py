@@ -19,9 +19,10 @@ from nni_cream.architecture import CreamPath, block_label
 from nni_cream.description import describe_operation
 from nni_cream.errors import UserError
 from nni_cream.models.cream import FIRST_OWN_NUMBER, OPERATIONS, STAGES
-from nni_cream.recipe import PositiveFloat, PositiveInt, Resolution, Settings, complaint
+from nni_cream.recipe_files import complaint
 from nni_cream.runs import read_json, write_json
 from nni_cream.sampling import CostUnit, PathSampler
+from nni_cream.settings import PositiveFloat, PositiveInt, Resolution, Settings
 
 FORMAT: Final = "nni_cream.latency/1"
 MOST_MILLISECONDS: Final = 1000.0

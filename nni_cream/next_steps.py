@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from nni_cream.imports import import_options
-from nni_cream.recipe import CreamRecipe, Recipe, RetrainRecipe, read_yaml
+from nni_cream.recipe import CreamRecipe, Recipe, RetrainRecipe
+from nni_cream.recipe_files import read_yaml
 from nni_cream.runs import RunDirectory
 
 # Of the name of a run, what its successors repeat: they add to it, and names have an end.

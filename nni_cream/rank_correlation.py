@@ -26,10 +26,12 @@ from nni_cream.kendall import LEVEL, Estimate, estimate_difference, estimate_tau
 from nni_cream.loading import first_batches
 from nni_cream.plots.rank_correlation import Panel, draw_rank_correlation
 from nni_cream.plots.style import save_figure
-from nni_cream.recipe import ChildData, CreamRecipe, RetrainRecipe, load_recipe, to_yaml
+from nni_cream.recipe import CreamRecipe, RetrainRecipe
+from nni_cream.recipe_files import load_recipe, to_yaml
 from nni_cream.runs import RunDirectory, write_json, write_text
 from nni_cream.search import arrange_in_memory, load_splits, make_loader, make_training_loader
 from nni_cream.seeds import Spread, summarize
+from nni_cream.settings import ChildData
 from nni_cream.side_by_side import Training
 from nni_cream.supernet.batch_norm import count_right
 

@@ -36,7 +36,8 @@ from nni_cream.plots.curves import draw_curves
 from nni_cream.plots.pareto import Measured, draw_pareto, front_of
 from nni_cream.plots.paths import draw_path
 from nni_cream.plots.style import MACS, TIME, CostAxis, save_figure
-from nni_cream.recipe import CreamRecipe, DartsRecipe, Recipe, RetrainRecipe, changed_settings
+from nni_cream.recipe import CreamRecipe, DartsRecipe, Recipe, RetrainRecipe
+from nni_cream.recipe_files import changed_settings
 from nni_cream.runs import RunDirectory, read_json, write_text
 
 _MILLION: Final = 1_000_000

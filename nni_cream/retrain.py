@@ -19,7 +19,8 @@ from nni_cream.genotype import Genotype
 from nni_cream.mixing import Mixing
 from nni_cream.models.darts import DartsNetwork
 from nni_cream.ranks import is_first
-from nni_cream.recipe import RetrainRecipe, complaint
+from nni_cream.recipe import RetrainRecipe
+from nni_cream.recipe_files import complaint
 from nni_cream.report import leave_report, show_report
 from nni_cream.reporting import Reporter, on_terminal
 from nni_cream.runs import RunDirectory, read_json, write_json

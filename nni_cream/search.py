@@ -35,11 +35,13 @@ from nni_cream.latency import LatencyBudget, LatencyTable
 from nni_cream.launching import SharedBatch
 from nni_cream.loading import Batches, TrainingBatches
 from nni_cream.ranks import is_first, rank
-from nni_cream.recipe import CreamRecipe, Data, Device, Flops, Recipe, to_yaml
+from nni_cream.recipe import CreamRecipe, Recipe
+from nni_cream.recipe_files import to_yaml
 from nni_cream.report import leave_report, show_report
 from nni_cream.reporting import Reporter, on_terminal
 from nni_cream.resident import as_resident
 from nni_cream.runs import RunDirectory
+from nni_cream.settings import Data, Device, Flops
 from nni_cream.shards import Shards
 from nni_cream.soundness import Soundness
 from nni_cream.strategies.cream import CreamStrategy

@@ -17,7 +17,8 @@ from nni_cream.architecture import CreamPath
 from nni_cream.child import Child
 from nni_cream.genotype import Genotype, derive_edges, edges_of, mixing_weights
 from nni_cream.history import History, Seen
-from nni_cream.recipe import CreamRecipe, DartsRecipe, Recipe, RetrainRecipe, to_yaml
+from nni_cream.recipe import CreamRecipe, DartsRecipe, Recipe, RetrainRecipe
+from nni_cream.recipe_files import to_yaml
 from nni_cream.runs import RunDirectory, write_json
 from tests.latency_tables import made_up
 

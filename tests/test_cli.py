@@ -16,7 +16,8 @@ import torch
 
 from nni_cream.cli import make_parser, overrides_of, run, tuner_parameters
 from nni_cream.errors import TrainingError, UserError
-from nni_cream.recipe import CreamRecipe, load_recipe
+from nni_cream.recipe import CreamRecipe
+from nni_cream.recipe_files import load_recipe
 from nni_cream.trouble import sentence_of
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -29,9 +29,10 @@ from nni_cream.compare import (
 from nni_cream.cost import measure_network
 from nni_cream.errors import UserError
 from nni_cream.genotype import Genotype
-from nni_cream.recipe import CreamRecipe, Latency
+from nni_cream.recipe import CreamRecipe
 from nni_cream.runs import RunDirectory
 from nni_cream.seeds import Spread
+from nni_cream.settings import Latency
 from tests.latency_tables import made_up
 from tests.test_retrain import GENOTYPE, SPACE
 from tests.test_seeds import recipe

@@ -8,7 +8,7 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
-from nni_cream.recipe import Ema, Schedule
+from nni_cream.settings import Ema, Schedule
 from nni_cream.soundness import Soundness
 from tests.trainers import LIGHTNINGS_WARNINGS
 from tests.training.fitting import STEPS, fit, small_network

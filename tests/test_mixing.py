@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from nni_cream.mixing import Mixing
-from nni_cream.recipe import MixingSettings
+from nni_cream.settings import MixingSettings
 
 CLASSES, SIZE = 5, 16
 LABELS = torch.tensor([0, 1, 2, 3, 4, 0, 2, 1])

@@ -14,7 +14,8 @@ from nni_cream.architecture import CreamPath
 from nni_cream.child import Child, build_network, save_network
 from nni_cream.genotype import Genotype
 from nni_cream.next_steps import Command, after_search, after_training
-from nni_cream.recipe import CreamRecipe, DartsRecipe, RetrainRecipe, parse_override, to_yaml
+from nni_cream.recipe import CreamRecipe, DartsRecipe, RetrainRecipe
+from nni_cream.recipe_files import parse_override, to_yaml
 from nni_cream.runs import RunDirectory
 from tests.trials.commands import Began, call
 

@@ -17,7 +17,7 @@ from pytorch_lightning.plugins import MixedPrecision
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
-from nni_cream.recipe import Optimizer
+from nni_cream.settings import Optimizer
 from nni_cream.strategies.cream import CreamStrategy
 from nni_cream.strategies.darts import DartsStrategy
 from nni_cream.training import ImageClassifier

@@ -24,7 +24,8 @@ from nni_cream.rank_correlation import (
     put_together,
     tau_between_seeds,
 )
-from nni_cream.recipe import CreamRecipe, RetrainRecipe, to_yaml
+from nni_cream.recipe import CreamRecipe, RetrainRecipe
+from nni_cream.recipe_files import to_yaml
 from nni_cream.runs import RunDirectory
 from nni_cream.search import search_cream
 from nni_cream.strategies.cream_module import CreamLightningModule, RankedPath

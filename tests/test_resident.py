@@ -13,9 +13,9 @@ from torch import Tensor
 from nni_cream import resident as module_under_test
 from nni_cream.cutout import Cutout
 from nni_cream.data import Augmentation, LabelledImages, load_data
-from nni_cream.recipe import Data, Device
 from nni_cream.resident import ResidentImages, as_resident
 from nni_cream.search import make_loader, make_training_loader
+from nni_cream.settings import Data, Device
 from nni_cream.shards import Draw
 
 RESOLUTION = 8

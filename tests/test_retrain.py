@@ -19,7 +19,8 @@ from nni_cream.cost import measure_network
 from nni_cream.errors import UserError
 from nni_cream.evaluate import evaluate, load_checkpoint
 from nni_cream.genotype import Genotype
-from nni_cream.recipe import EvaluationRecipe, RetrainRecipe, load_recipe
+from nni_cream.recipe import EvaluationRecipe, RetrainRecipe
+from nni_cream.recipe_files import load_recipe
 from nni_cream.retrain import retrain
 from nni_cream.runs import RunDirectory
 from nni_cream.training import ImageClassifier

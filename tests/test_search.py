@@ -23,7 +23,8 @@ from nni_cream.errors import UserError
 from nni_cream.history import History, Seen
 from nni_cream.latency import LatencyTable
 from nni_cream.models.cream import OPERATIONS, STAGES, STEM_CHANNELS, build_child
-from nni_cream.recipe import CreamRecipe, Data, Device, Flops, load_recipe, parse_override, to_yaml
+from nni_cream.recipe import CreamRecipe
+from nni_cream.recipe_files import load_recipe, parse_override, to_yaml
 from nni_cream.reporting import Reporter
 from nni_cream.runs import RunDirectory
 from nni_cream.search import (
@@ -35,6 +36,7 @@ from nni_cream.search import (
     refuse_unreachable,
     search_cream,
 )
+from nni_cream.settings import Data, Device, Flops
 from nni_cream.strategies.cream_module import RankedPath
 from nni_cream.supernet.paths import PathSpace
 from search_spaces.cream import CreamSpace, SpacePlan

@@ -22,7 +22,8 @@ from nni_cream.evaluate import evaluate, load_checkpoint
 from nni_cream.genotype import Genotype
 from nni_cream.history import History
 from nni_cream.plots.cells import save_cells
-from nni_cream.recipe import DartsRecipe, EvaluationRecipe, to_yaml
+from nni_cream.recipe import DartsRecipe, EvaluationRecipe
+from nni_cream.recipe_files import to_yaml
 from nni_cream.reporting import Reporter
 from nni_cream.runs import RunDirectory
 from nni_cream.search_darts import search_darts

@@ -20,9 +20,9 @@ from pytorch_lightning.loggers import TensorBoardLogger
 
 from nni_cream.checkpoints import LastTwo
 from nni_cream.data import Augmentation, load_data
-from nni_cream.recipe import Data, Device
 from nni_cream.runs import RunDirectory
 from nni_cream.search import make_loader, make_training_loader
+from nni_cream.settings import Data, Device
 from nni_cream.strategies import CreamStrategy
 from nni_cream.training import ImageClassifier
 from tests.distributed_worker import SCHEDULE, SGD, PathSpace

@@ -19,8 +19,10 @@ from nni_cream.child import Child
 from nni_cream.cli import make_parser, overrides_of, refuse_nni, refuse_twice, run
 from nni_cream.errors import UserError
 from nni_cream.genotype import Genotype
-from nni_cream.recipe import ChildData, CreamRecipe, RetrainRecipe, load_recipe
+from nni_cream.recipe import CreamRecipe, RetrainRecipe
+from nni_cream.recipe_files import load_recipe
 from nni_cream.runs import RunDirectory, newest_search
+from nni_cream.settings import ChildData
 
 
 def main() -> None:

@@ -18,7 +18,8 @@ sys.path.insert(0, str(ROOT))
 
 from nni_cream.cli import make_settings_parser, run, settings_of
 from nni_cream.errors import UserError
-from nni_cream.recipe import CreamRecipe, load_recipe
+from nni_cream.recipe import CreamRecipe
+from nni_cream.recipe_files import load_recipe
 
 
 def main() -> None:

@@ -22,7 +22,8 @@ sys.path.insert(0, str(ROOT))
 
 from nni_cream.cli import make_settings_parser, open_run, overrides_of, refuse_twice, run
 from nni_cream.errors import UserError
-from nni_cream.recipe import RetrainRecipe, load_recipe
+from nni_cream.recipe import RetrainRecipe
+from nni_cream.recipe_files import load_recipe
 from nni_cream.runs import RUNS
 
 LARGEST_SEED = 2**32 - 1

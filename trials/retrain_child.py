@@ -25,7 +25,8 @@ from nni_cream.child import Candidate
 from nni_cream.cli import make_parser, open_run, overrides_of, refuse_nni, refuse_twice, run
 from nni_cream.errors import UserError
 from nni_cream.genotype import Genotype
-from nni_cream.recipe import RetrainRecipe, load_recipe
+from nni_cream.recipe import RetrainRecipe
+from nni_cream.recipe_files import load_recipe
 from nni_cream.runs import RunDirectory, newest_search
 
 

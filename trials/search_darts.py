@@ -17,7 +17,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from nni_cream.cli import make_parser, open_run, overrides_of, run
-from nni_cream.recipe import DartsRecipe, load_recipe
+from nni_cream.recipe import DartsRecipe
+from nni_cream.recipe_files import load_recipe
 
 
 def main() -> None:

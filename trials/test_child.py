@@ -17,7 +17,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from nni_cream.cli import add_checkpoint_options, checkpoint_of, make_settings_parser, run, settings_of
-from nni_cream.recipe import EvaluationRecipe, load_recipe
+from nni_cream.recipe import EvaluationRecipe
+from nni_cream.recipe_files import load_recipe
 
 
 def main() -> None:

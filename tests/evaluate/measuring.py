@@ -16,7 +16,8 @@ from nni_cream.architecture import CreamPath
 from nni_cream.data import DataSplits, load_data
 from nni_cream.errors import UserError
 from nni_cream.evaluate import Evaluation, evaluate
-from nni_cream.recipe import Data, EvaluationRecipe
+from nni_cream.recipe import EvaluationRecipe
+from nni_cream.settings import Data
 
 PATH = CreamPath.parse("[0] [0] [1] [2] [3] [0] [0]")
 DIGITS = Data(name="digits", resolution=32, batch_size=50).model_dump(mode="json")

@@ -22,7 +22,8 @@ from nni.tools.package_utils.tuner_factory import create_builtin_class_instance
 from nni.typehint import ParameterRecord
 
 from nni_cream.data import DataSplits, load_data
-from nni_cream.recipe import CreamRecipe, DartsRecipe, RetrainRecipe, dotted_keys
+from nni_cream.recipe import CreamRecipe, DartsRecipe, RetrainRecipe
+from nni_cream.recipe_files import dotted_keys
 from tests.conftest import REPOSITORY
 
 EXPERIMENTS = sorted((REPOSITORY / "experiments").glob("*.yml"))

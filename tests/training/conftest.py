@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from nni_cream.recipe import Schedule
+from nni_cream.settings import Schedule
 from tests.training.fitting import Run, fit
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from nni_cream.models.darts import DartsOutput
-from nni_cream.recipe import Optimizer, Schedule
+from nni_cream.settings import Optimizer, Schedule
 from nni_cream.training import ImageClassifier
 from tests.trainers import QUIET
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader
 
 from nni_cream.ema import WeightAverage
-from nni_cream.recipe import Schedule
+from nni_cream.settings import Schedule
 from tests.trainers import LIGHTNINGS_WARNINGS, QUIET
 from tests.training.fitting import BATCH, VALIDATION, Run, fit
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nni_cream.mixing import Mixing
-from nni_cream.recipe import Schedule
+from nni_cream.settings import Schedule
 from tests.trainers import LIGHTNINGS_WARNINGS
 from tests.training.fitting import BATCH, CLASSES, STEPS, TRAINING, VALIDATION, Run, TwoHeads, fit, small_network
 

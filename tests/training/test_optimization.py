@@ -15,7 +15,7 @@ from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, ExponentialL
 from nni_cream.errors import UserError
 from nni_cream.genotype import Genotype
 from nni_cream.models.darts import build_darts
-from nni_cream.recipe import Optimizer, Schedule
+from nni_cream.settings import Optimizer, Schedule
 from nni_cream.training import ImageClassifier
 from tests.trainers import LIGHTNINGS_WARNINGS
 from tests.training.fitting import CLASSES, STEPS, Run, TwoHeads, fit, small_network

@@ -16,7 +16,8 @@ from nni_cream.architecture import CreamPath
 from nni_cream.child import Child
 from nni_cream.history import History
 from nni_cream.latency import LatencyTable
-from nni_cream.recipe import CreamRecipe, load_recipe
+from nni_cream.recipe import CreamRecipe
+from nni_cream.recipe_files import load_recipe
 from nni_cream.runs import RunDirectory
 from nni_cream.timing import space_of
 from tests.conftest import REPOSITORY

@@ -26,7 +26,8 @@ from nni_cream.architecture import CreamPath
 from nni_cream.child import Child
 from nni_cream.compare import random_samples
 from nni_cream.rank_correlation import plan_trainings
-from nni_cream.recipe import CreamRecipe, RetrainRecipe, load_recipe
+from nni_cream.recipe import CreamRecipe, RetrainRecipe
+from nni_cream.recipe_files import load_recipe
 from nni_cream.runs import RunDirectory
 from search_spaces.cream import CreamSpace, plan_space
 from tests.conftest import REPOSITORY

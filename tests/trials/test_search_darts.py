@@ -14,7 +14,8 @@ import yaml
 
 from nni_cream.child import Child, build_network
 from nni_cream.genotype import Genotype
-from nni_cream.recipe import RetrainRecipe, load_recipe
+from nni_cream.recipe import RetrainRecipe
+from nni_cream.recipe_files import load_recipe
 from tests.trials.processes import epochs, kill_in_epoch, trial
 
 # 144 images for the weights, at 8 pixels.

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.data import TensorDataset
 
-from nni_cream.recipe import Optimizer, Schedule
+from nni_cream.settings import Optimizer, Schedule
 from nni_cream.strategies.cream_module import CreamLightningModule
 from nni_cream.training import ImageClassifier
 from tests.reference import run_through

@@ -12,7 +12,8 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nni_cream.recipe import CreamRecipe, DartsRecipe, EvaluationRecipe, RetrainRecipe, dotted_keys
+from nni_cream.recipe import CreamRecipe, DartsRecipe, EvaluationRecipe, RetrainRecipe
+from nni_cream.recipe_files import dotted_keys
 from tests.trials.bad_input.refusals import (
     COMMANDS,
     FRACTIONS,
