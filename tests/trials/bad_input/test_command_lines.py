@@ -5,13 +5,16 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from string import ascii_lowercase
 
 import pytest
 import yaml
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 from tests.latency_tables import made_up
-from tests.trials.bad_input.refusals import COMMANDS, base, refused
+from tests.trials.bad_input.refusals import COMMANDS, TEXTS, base, fuzz, refused
 from tests.trials.commands import Ended, content
 from tests.trials.processes import SECONDS, command
 
@@ -192,6 +195,45 @@ def test_command_lines(place: Path, name: str) -> None:
         sentence = refused(place, name, *given, *line)
         # Of an option, that it is this one.
         assert "--port" in sentence or "--port" not in line
+
+
+# Some options of every command, written right.
+OPTIONS = {
+    "search_cream": ["--recipe", "--set", "--name", "--output", "--import"],
+    "search_darts": ["--recipe", "--set", "--name", "--output", "--import"],
+    "retrain_child": ["--child", "--architecture", "--seeds", "--recipe", "--set", "--name", "--output"],
+    "test_child": ["--checkpoint", "--model", "--weights", "--recipe", "--set"],
+    "export_child": ["--checkpoint", "--format", "--opset", "--resolution", "--output"],
+    "compare": ["--child", "--random", "--seeds", "--networks"],
+    "rank_correlation": ["--search", "--paths", "--seed", "--seeds", "--workers", "--name"],
+    "measure_latency": ["--batch-size", "--threads", "--children", "--device", "--precision", "--output"],
+    "make_subimagenet": ["--classes", "--train-images", "--val-images", "--mode"],
+    "experiment": ["--port"],
+}
+
+
+@fuzz(120)
+@given(st.data())
+def test_options_with_a_slip(place: Path, data: st.DataObject) -> None:
+    name = data.draw(st.sampled_from(sorted(OPTIONS)))
+    option = data.draw(st.sampled_from(OPTIONS[name]))
+    at = data.draw(st.integers(min_value=3, max_value=len(option) - 1))
+    letter = data.draw(st.sampled_from(ascii_lowercase))
+    # One letter less, more, or another one; two that have changed places; a capital.
+    slips = [
+        option[:at] + option[at + 1 :],
+        option[:at] + letter + option[at:],
+        option[:at] + letter + option[at + 1 :],
+    ]
+    slips += [option[: at - 1] + option[at] + option[at - 1] + option[at + 1 :], option[:at] + option[at:].upper()]
+    slip = data.draw(st.sampled_from(slips).filter(lambda word: word not in OPTIONS[name]))
+    value = data.draw(TEXTS.filter(lambda text: not text.startswith("-") and text.strip() == text))
+    places = {
+        "make_subimagenet": ["imagenet", "new"],
+        "experiment": ["some.yml"],
+        "rank_correlation": ["--search", "a"],
+    }
+    assert slip in refused(place, name, *places.get(name, []), slip, value)
 
 
 @pytest.mark.slow
