@@ -379,8 +379,19 @@ def save_network(
     if averaged:
         notes["weights"] = AVERAGED
     # Not save_file: what it makes nobody but its owner may read, and a full disk is no OSError of it.
-    content = save(weights, metadata=notes)
+    content = _with_notes_in_order(save(weights, metadata=notes))
     write_atomically(file, lambda temporary: temporary.write_bytes(content))
+
+
+def _with_notes_in_order(content: bytes) -> bytes:
+    """Sort the notes in a safetensors file, so that the same weights are the same bytes; the library's order varies."""
+    length = int.from_bytes(content[:8], "little")
+    head = json.loads(content[8 : 8 + length])
+    head["__metadata__"] = dict(sorted(head["__metadata__"].items()))
+    text = json.dumps(head, ensure_ascii=False, separators=(",", ":")).encode()
+    # The format wants the weights aligned.
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + content[8 + length :]
 
 
 def read_network(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

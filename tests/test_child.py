@@ -16,7 +16,15 @@ from torch import nn
 
 from nni_cream import child as child_module
 from nni_cream.architecture import CreamPath
-from nni_cream.child import Candidate, Child, build_network, fit_weights, load_weights
+from nni_cream.child import (
+    Candidate,
+    Child,
+    build_network,
+    fit_weights,
+    load_weights,
+    read_network,
+    save_network,
+)
 from nni_cream.errors import UserError
 from nni_cream.genotype import Genotype, derive_genotype
 from nni_cream.models.darts import DartsNetwork
@@ -145,6 +153,20 @@ class TestRoundTrip:
         assert {path.name for path in saved.parent.iterdir()} == {"child.json", "child.safetensors"}
         # Whoever may read the one may read the other.
         assert len({path.stat().st_mode for path in saved.parent.iterdir()}) == 1
+
+    def test_the_same_weights_are_the_same_bytes(self, tmp_path: Path) -> None:
+        network = nn.Linear(3, 2)
+        files = [tmp_path / f"{i}.safetensors" for i in range(9)]
+        for file in files:
+            # The library shuffles notes anew every time.
+            save_network(
+                file, network, architecture="ü", num_classes=2, data={"name": "ä"}, size={"a": 1}, averaged=True
+            )
+        assert len({file.read_bytes() for file in files}) == 1
+        weights, notes = read_network(files[0])
+        assert torch.equal(weights["weight"], network.weight)
+        assert torch.equal(weights["bias"], network.bias)
+        assert (notes["architecture"], notes["data"]) == ("ü", '{"name": "ä"}')
 
     def test_there_is_no_child_without_its_weights(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         def fail(*_: Any) -> None:

@@ -23,6 +23,7 @@ from nni.runtime.trial_command_channel import ParameterRecord, set_default_trial
 from scipy.stats import kendalltau
 
 from nni_cream.architecture import CreamPath
+from nni_cream.checkpoints import PARTS
 from nni_cream.child import Child
 from nni_cream.compare import random_samples
 from nni_cream.rank_correlation import plan_trainings
@@ -62,7 +63,9 @@ def place(tmp_path: Path) -> Path:
         (tmp_path / name / "recipe.yml").write_text((REPOSITORY / "tests/experiments/tiny_recipe.yml").read_text())
         directory.checkpoint.parent.mkdir()
         state = {f"training_module._model.{key}": value for key, value in space.state_dict().items()}
-        torch.save({"state_dict": {**state, "matching.layer.bias": torch.zeros(1)}}, directory.checkpoint)
+        loops = {"fit_loop": {"epoch_loop.batch_progress": {"total": {"processed": 1}}}}
+        weights = {**state, "matching.layer.bias": torch.zeros(1)}
+        torch.save({**dict.fromkeys(PARTS), "loops": loops, "state_dict": weights}, directory.checkpoint)
     return tmp_path
 
 
