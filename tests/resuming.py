@@ -1,12 +1,8 @@
-"""Searches and trainings in processes of their own, which tests kill and start again.
-
-A process is forked from a server that has imported everything: that takes longer than a whole small search.
-"""
+"""Searches and trainings in processes of their own, which tests kill and start again."""
 
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import signal
 import socket
@@ -32,6 +28,7 @@ from nni_cream.retrain import retrain
 from nni_cream.runs import RunDirectory
 from nni_cream.search import search_cream
 from nni_cream.search_darts import search_darts
+from tests.forking import FORKING
 
 SECONDS = 240
 DATA: dict[str, Any] = {
@@ -140,19 +137,6 @@ def _child(
     cli.run(lambda: run(kind, folder, changes))
 
 
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(
-    [
-        "tests.resuming",
-        "tests.planned",
-        "search_spaces.cream",
-        "search_spaces.darts",
-        "sklearn.datasets",
-        "torch.utils.tensorboard",
-    ]
-)
-
-
 @dataclass
 class Started:
     """A process that searches or trains in ``folder``."""
@@ -224,8 +208,8 @@ def start(
 
     It is killed when it has written the file called ``killed_at``, just before that gets its name.
     """
-    ours, theirs = _context.Pipe(duplex=False)
-    process = _context.Process(target=_child, args=(kind, folder, changes, environment or {}, killed_at, theirs))
+    ours, theirs = FORKING.Pipe(duplex=False)
+    process = FORKING.Process(target=_child, args=(kind, folder, changes, environment or {}, killed_at, theirs))
     process.start()
     theirs.close()
     return Started(process, ours, folder)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import csv
+import os
+import runpy
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 from tests.conftest import REPOSITORY
+from tests.forking import FORKING
 
 SECONDS = 300
 
@@ -18,9 +22,32 @@ def command(name: str, *arguments: object) -> list[str]:
 
 
 def trial(folder: Path, name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    """Run a trial in a folder to its end."""
+    """Run a trial in a folder to its end.
+
+    Its process has everything imported already; tests/trials/bad_input has tests that start each command by itself.
+    """
     full = command(name, *arguments)
-    return subprocess.run(full, cwd=folder, capture_output=True, text=True, timeout=SECONDS, check=False)
+    with tempfile.TemporaryDirectory() as place:
+        out, err = Path(place, "out"), Path(place, "err")
+        process = FORKING.Process(target=_run, args=(full[1:], folder, dict(os.environ), out, err))
+        process.start()
+        process.join(SECONDS)
+        if process.is_alive():
+            process.kill()
+            raise subprocess.TimeoutExpired(full, SECONDS)
+        code = process.exitcode
+        assert code is not None
+        return subprocess.CompletedProcess(full, code, out.read_text("utf-8"), err.read_text("utf-8"))
+
+
+def _run(words: list[str], folder: Path, environment: dict[str, str], out: Path, err: Path) -> None:
+    os.chdir(folder)
+    os.environ.clear()
+    os.environ.update(environment)
+    for number, file in ((1, out), (2, err)):
+        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), number)
+    sys.argv = words
+    runpy.run_path(words[0], run_name="__main__")
 
 
 def kill_in_epoch(epoch: int, folder: Path, name: str, *arguments: object) -> None:
