@@ -9,9 +9,9 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v p
 VENV ?= .venv
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
-# A process a core and one more, because tests through NNI wait most of the time; files of tests are shared out among them.
+# A process a core and one more, because tests through NNI wait most of the time.
 PROCESSES := $(shell $(PYTHON) -c "import os; print(min(os.cpu_count(), 4) + 1)")
-BESIDE_EACH_OTHER := --numprocesses $(PROCESSES) --dist loadfile
+BESIDE_EACH_OTHER := --numprocesses $(PROCESSES) --dist loadscope
 
 NNI_TESTS := tests/experiments tests/test_experiment.py $(wildcard tests/strategies/test_in_nni.py \
 	tests/strategies/*/test_in_nni.py) $(addprefix tests/test_docs.py::,test_a_search_in_python test_a_search_with_a_recipe)

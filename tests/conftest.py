@@ -4,7 +4,7 @@ import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import pytest
 
@@ -49,15 +49,40 @@ def screenshots(request: pytest.FixtureRequest) -> Path | None:
     return folder
 
 
+# What is begun first, because it takes longest. Tests that start experiments of NNI's wait most of the time; they are
+# two groups, so that never more than two experiments run at once.
+FIRST: Final = (
+    ("tests/experiments/test_interruptions.py", "tests/experiments/test_remote.py"),
+    ("tests/experiments/", "tests/test_experiment.py"),
+    ("tests/test_resuming.py",),
+    ("tests/test_export.py",),
+    ("tests/test_packaging.py",),
+    ("tests/test_distributed.py",),
+    ("tests/trials/test_several_processes.py",),
+)
+
+
+def _group(nodeid: str) -> str:
+    """Return the name of the tests that one process runs one after the other."""
+    file = nodeid.partition("::")[0]
+    return next((names[0] for names in FIRST if file.startswith(names)), file)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    order = {names[0]: place for place, names in enumerate(FIRST)}
+    items.sort(key=lambda item: order.get(_group(item.nodeid), len(order)))
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Share the tests out file by file (-n); those that start experiments of NNI's, which take ports, stay together."""
-    from xdist.scheduler import LoadFileScheduling
+    """Share the tests out by groups (-n), in their order."""
+    from xdist.scheduler import LoadScopeScheduling
 
-    class Scheduling(LoadFileScheduling):
+    class Scheduling(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            file: str = super()._split_scope(nodeid)
-            starts_experiments = file.startswith("tests/experiments/") or file == "tests/test_experiment.py"
-            return "experiments" if starts_experiments else file
+            return _group(nodeid)
 
+    # Else the groups with the most tests would be first.
+    config.option.loadscopereorder = False
     return Scheduling(config, log)

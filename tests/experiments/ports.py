@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import random
 import socket
 from typing import Final
 
+# Processes of pytest-xdist, gw0 and so on, have ports of their own.
+_PROCESS: Final = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % 10
 # Below those that the system gives to connections.
-_CANDIDATES: Final = random.sample(range(18100, 28100, 4), 2500)
+_OWN: Final = range(18100 + 4 * _PROCESS, 28100, 40)
+_CANDIDATES: Final = random.sample(_OWN, len(_OWN))
 
 
 def free_port() -> int:
