@@ -67,7 +67,7 @@ def _sentence(error: BaseException) -> str | None:
             f"The processes of the data loader have too little shared memory, /dev/shm ({text}); make it larger "
             f"(docker run --shm-size=8g), and {_GOES_ON}, or begin a new run with --set data.workers=0 --name …."
         )
-    if isinstance(error, RuntimeError) and re.match(r"DataLoader worker \(pid\(?s?", text):
+    if _lacks_a_worker(error):
         return (
             f"A process of the data loader has ended ({text}), perhaps for want of memory; {_GOES_ON}, or begin a new "
             "run with fewer of them: --set data.workers=… --name …."
@@ -99,10 +99,18 @@ def _lacks_shared_memory(error: BaseException) -> bool:
     if re.search(r"shared memory|file </torch_|shm_open|Bus error|/dev/shm|torch_shm_manager", str(error)):
         return True
     # Semaphores lie there as well, and the error of one says nothing.
-    frames = traceback.walk_tb(error.__traceback__)
-    return isinstance(error, OSError) and any(
-        frame.f_globals.get("__name__") == "multiprocessing.synchronize" for frame, _ in frames
-    )
+    return isinstance(error, OSError) and _comes_from(error, "multiprocessing.synchronize")
+
+
+def _lacks_a_worker(error: BaseException) -> bool:
+    if isinstance(error, RuntimeError):
+        return re.match(r"DataLoader worker \(pid\(?s?", _first_line(error)) is not None
+    # One that has ended while it handed over a batch.
+    return isinstance(error, OSError | EOFError) and _comes_from(error, "multiprocessing.resource_sharer")
+
+
+def _comes_from(error: BaseException, module: str) -> bool:
+    return any(frame.f_globals.get("__name__") == module for frame, _ in traceback.walk_tb(error.__traceback__))
 
 
 def _first_line(error: BaseException) -> str:

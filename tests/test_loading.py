@@ -17,6 +17,7 @@ from nni_cream.data import Augmentation, LabelledImages, load_data
 from nni_cream.loading import Batches, TrainingBatches, first_batches
 from nni_cream.randomness import seed_streams
 from nni_cream.shards import Draw
+from nni_cream.trouble import sentence_of
 
 BATCH = 8
 
@@ -200,5 +201,7 @@ class TestSignals:
     def test_a_worker_can_be_ended(self, images: LabelledImages) -> None:
         batches, worker = started(images)
         worker.terminate()
-        with pytest.raises(RuntimeError, match=r"exited unexpectedly|is killed by signal"):
+        # Which error depends on what it was doing.
+        with pytest.raises((RuntimeError, OSError, EOFError)) as caught:
             rest_of(batches)
+        assert "A process of the data loader has ended" in str(sentence_of(caught.value))

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import errno
+from multiprocessing import resource_sharer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,6 +25,13 @@ BUS = (
     "DataLoader worker (pid 12) is killed by signal: Bus error. It is possible that dataloader's workers are out of "
     "shared memory. Please try to raise your shared memory limit."
 )
+
+
+def test_a_worker_that_ends_while_it_hands_over_a_batch() -> None:
+    with pytest.raises(OSError, match="No such file") as caught:
+        resource_sharer.DupFd.detach(SimpleNamespace(_id=("nowhere", 1)))  # type: ignore[arg-type]
+    assert str(sentence_of(caught.value)).startswith("A process of the data loader has ended (")
+    assert sentence_of(ConnectionResetError("by somebody else")) is None
 
 
 @pytest.mark.parametrize(
