@@ -35,6 +35,8 @@ class TestWrongValues:
             ({"epochs": 0}, "'epochs' is 0, but should be greater than 0."),
             ({"seed": -1}, "'seed' is -1, but should be greater than or equal to 0."),
             ({"seed": 2**32}, "'seed' is 4294967296, but should be less than or equal to 4294967295."),
+            ({"skip_bad_steps": -1}, "'skip_bad_steps' is -1, but should be greater than or equal to 0."),
+            ({"checkpoint_minutes": 0}, "'checkpoint_minutes' is 0, but should be greater than 0."),
             ({"data": {"resolution": 7}}, "'data.resolution' is 7"),
             ({"data": {"batch_size": 1}}, "'data.batch_size' is 1"),
             ({"data": {"architecture_fraction": 1}}, "'data.architecture_fraction' is 1"),

@@ -111,8 +111,8 @@ class TestConditions:
             assert {tensor.dtype for tensor in module.parameters()} == {dtype}
             assert all(tensor.is_contiguous(memory_format=torch.channels_last) for tensor in weights)
 
-    @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-    def test_of_a_gpu_that_is_not_there(self) -> None:
+    def test_of_a_gpu_that_is_not_there(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
         with pytest.raises(UserError, match=r"^--device is cuda, but torch finds no GPU on this machine: take cpu\.$"):
             measure_latency(space(), 32, device="cuda")
 

@@ -23,7 +23,7 @@ from nni_cream.models import cream, darts_operations
 from tests.conftest import REPOSITORY
 from tests.docs.reading import blocks, page
 
-pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
+pytestmark = pytest.mark.slow
 
 BLOCKS = blocks(page("docs/adding.md"))
 LESS = {

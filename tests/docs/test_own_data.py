@@ -19,7 +19,7 @@ from nni_cream.evaluate import load_checkpoint
 from tests.conftest import REPOSITORY
 from tests.docs.reading import blocks, page
 
-pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
+pytestmark = pytest.mark.slow
 
 # Those for a folder; the others are for solar cells, whose package is not everywhere.
 COMMANDS = [

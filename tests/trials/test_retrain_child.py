@@ -136,7 +136,6 @@ def compare_here(folder: Path, *arguments: object) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")
 def test_a_child_is_compared(repository: Path, tmp_path: Path) -> None:
     """With a random path of the interval of its search, and with a standard network."""
     search = repository / "tests/experiments/tiny_recipe.yml"
@@ -162,7 +161,6 @@ def test_a_child_is_compared(repository: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")
 def test_a_genotype_is_compared_with_the_standard_networks(tmp_path: Path) -> None:
     """Unless others are named, and with random cells of the same kind."""
     size = {"channels": 2, "cells": 3, "nodes": 2, "operations": OPERATIONS}
