@@ -17,7 +17,7 @@ import multiprocessing
 import statistics
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +96,13 @@ class Stopwatch(Callback):
 
 
 def search(
-    kind: str, shape: tuple[int, int, int], memory_format: Any, steps: int, device: str, precision: str = "32-true"
+    kind: str,
+    shape: tuple[int, int, int],
+    memory_format: Any,
+    steps: int,
+    device: str,
+    precision: Any = "32-true",
+    callbacks: Sequence[Callback] = (),
 ) -> list[float]:
     """Search for a few steps and return how long all but the first took."""
     channels, cells, batch = shape
@@ -111,7 +117,7 @@ def search(
         precision=precision,
         **QUIET,
         limit_val_batches=1,
-        callbacks=[watch],
+        callbacks=[watch, *callbacks],
     )
     evaluator = Lightning(Classifier(), trainer, train_dataloaders=data, val_dataloaders=data)
     space: Any = DartsSpace(CLASSES, channels=channels, cells=cells).to(memory_format=memory_format)

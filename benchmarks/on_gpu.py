@@ -4,16 +4,17 @@
 
 needs a CUDA device, this repository and the installed package (NNI's Python part suffices), and no network. It runs
 
-- the steps of the paper's setting (16 channels, 8 cells, batch 64, 32×32): NNI's DARTS, and ours of every order, in
-  float32 and under bfloat16, as seconds a step, images a second, and hours of 50 epochs on half of CIFAR-10;
-- one second-order step under torch's profiler: the share of the time in which a kernel runs, and the arithmetic and
-  memory traffic of its operators against the card's own ceilings, measured here (a large matrix product, a large
-  copy). Traffic is what every operator reads and writes, as if nothing stayed in a cache;
-- both shipped searches on ``mnist5k``, whose images are in a Python package;
-- the benchmarks of ``run_all.py``.
+- ``steps``: those of the paper's setting (16 channels, 8 cells, batch 64, 32×32), NNI's DARTS and ours of every order,
+  recorded as CUDA graphs and not, as seconds a step, images a second, and hours of 50 epochs on half of CIFAR-10;
+- ``inside``: one second-order step under torch's profiler: the share of the time in which a kernel runs, and the
+  arithmetic and memory traffic of its operators against the card's own ceilings, measured here (a large matrix
+  product, a large copy). Traffic is what every operator reads and writes, as if nothing stayed in a cache;
+- ``searches``: both shipped ones on ``mnist5k``, whose images are in a Python package;
+- ``benchmarks``: those of ``run_all.py``.
 
-``--device cpu --quick`` runs the first three at a toy size, to see that they do run, and
-keeps nothing; else ``benchmarks/results/on_gpu*.json`` is written.
+``--parts steps inside`` runs some of them, and keeps what earlier runs have measured of the others. ``--device cpu
+--quick`` runs all but the last at a toy size, to see that they do run, and keeps nothing; else
+``benchmarks/results/on_gpu*.json`` is written, anew after every part.
 """
 
 from __future__ import annotations
@@ -25,23 +26,54 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from common import ROOT, judged, make_parser, save_result, seconds_of, table
+from common import ROOT, finish, judged, make_parser, result_file, save_result, seconds_of, table
 from fused_cell import RESOLUTION, STEPS, be_quiet, search
+from pytorch_lightning.callbacks import Callback
 from scaling import darts_step
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from nni_cream.cuda_graphs import WARM_UP
+from nni_cream.runs import read_json
+from nni_cream.strategies.darts import DartsStrategy
+
 # Channels, cells, batch.
 PAPER, TOY = (16, 8, 64), (4, 3, 4)
 # Half of the training images of CIFAR-10, for so many epochs.
 IMAGES, EPOCHS = 25_000, 50
-PRECISIONS = ("32-true", "bf16-mixed")
 GOAL_HOURS = 1.0
+PARTS = ("steps", "inside", "searches", "benchmarks")
+RECORDED, TIMED = WARM_UP + 2, 4
+CONTIGUOUS, LAST = torch.contiguous_format, torch.channels_last
+
+
+class Kind(NamedTuple):
+    """A kind of step: its strategy, how images and weights lie in memory, precision, and steps before it is timed."""
+
+    strategy: Callable[[], Any]
+    memory_format: Any = LAST
+    precision: str = "32-true"
+    before: int = RECORDED
+    benchmark: bool = True
+
+
+FINITE: Any = "finite_difference"
+KINDS: dict[str, Kind] = {
+    "NNI's DARTS": Kind(STEPS["NNI's DARTS"], CONTIGUOUS, before=1),
+    "exact": Kind(DartsStrategy),
+    "exact, cuDNN's first choice": Kind(DartsStrategy, benchmark=False),
+    "exact, textbook": Kind(lambda: DartsStrategy(execution="textbook"), CONTIGUOUS),
+    "exact, no CUDA graphs": Kind(lambda: DartsStrategy(cuda_graphs=False), before=1),
+    "finite difference": Kind(lambda: DartsStrategy(hypergradient=FINITE)),
+    "first order": Kind(lambda: DartsStrategy(order="first")),
+    "exact, bf16-mixed": Kind(DartsStrategy, precision="bf16-mixed"),
+}
 
 
 class Traffic(TorchDispatchMode):
@@ -83,51 +115,82 @@ def best(work: Callable[[], Any], device: str) -> float:
     return min(seconds_of(work, device) for _ in range(6))
 
 
-def steps(shape: tuple[int, int, int], device: str, rounds: int) -> dict[str, Any]:
+class Profiled(Callback):
+    """Profiles the last step of a search."""
+
+    def __init__(self, device: str, step: int) -> None:
+        activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device == "cuda" else [])]
+        self.profile = profile(activities=activities)
+        self._device, self._step = device, step
+
+    def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
+        """Begin with that step."""
+        if batch_idx == self._step:
+            self.profile.start()
+
+    def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """End with it."""
+        if batch_idx == self._step:
+            finish(self._device)
+            self.profile.stop()
+
+
+def time_kind(name: str, shape: tuple[int, int, int], device: str, *callbacks: Callback) -> list[float]:
+    """Return how long steps of a kind take that begin when all has been compiled, chosen and recorded."""
+    kind = KINDS[name]
+    STEPS[name] = kind.strategy
+    torch.backends.cudnn.benchmark = kind.benchmark
+    found = search(name, shape, kind.memory_format, kind.before + TIMED, device, kind.precision, callbacks)
+    return found[kind.before - 1 :]
+
+
+def steps(shape: tuple[int, int, int], device: str) -> dict[str, Any]:
     """Return the time of a step of every kind, and what follows from it."""
-    seconds: dict[str, list[float]] = {}
-    for _ in range(rounds):
-        for precision in PRECISIONS:
-            for kind in STEPS:
-                memory_format = torch.contiguous_format if kind == "NNI's DARTS" else torch.channels_last
-                found = search(kind, shape, memory_format, 8, device, precision)
-                seconds.setdefault(f"{kind}, {precision}", []).extend(found)
     batch = shape[2]
-    rows = {}
-    for name, times in seconds.items():
+    rows: dict[str, Any] = {}
+    for name in KINDS:
+        if device == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        times = time_kind(name, shape, device)
         step = statistics.median(times)
         hours = step * EPOCHS * (IMAGES // batch) / 3600
         rows[name] = {"seconds": step, "images_per_second": batch / step, "hours_of_50_epochs": hours, "all": times}
+        if device == "cuda":
+            rows[name]["peak_mib"] = torch.cuda.max_memory_reserved() / 2**20
+        print(f"{name}: {1000 * step:.1f} ms a step, {hours:.2f} hours", flush=True)
     return rows
 
 
 def inside(shape: tuple[int, int, int], device: str, limits: dict[str, float]) -> dict[str, Any]:
     """Return what a second-order step makes of the device."""
     channels, cells, batch = shape
+    # Counted where Python runs, and profiled as it is replayed.
     work = darts_step("exact", device, batch, channels, cells, RESOLUTION)
-    for _ in range(3):
-        work()
-    step = statistics.median(seconds_of(work, device) for _ in range(5))
     with FlopCounterMode(display=False) as counted:
         work()
     with Traffic() as traffic:
         work()
-    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device == "cuda" else [])]
-    with profile(activities=activities) as profiled:
-        work()
-    events = profiled.key_averages()
+    profiled = Profiled(device, RECORDED + TIMED - 1)
+    step = statistics.median(time_kind("exact", shape, device, profiled)[:-1])
+    own = DeviceType.CUDA if device == "cuda" else DeviceType.CPU
+    events = [event for event in profiled.profile.key_averages() if event.device_type == own]
     attribute = "self_device_time_total" if device == "cuda" else "self_cpu_time_total"
     busy = sum(getattr(event, attribute) for event in events) / 1e6
-    slowest = sorted(events, key=lambda event: -getattr(event, attribute))[:15]
+    slowest = sorted(events, key=lambda event: -getattr(event, attribute))[:25]
     flops, moved = counted.get_total_flops() / step, traffic.bytes / step
     return {
         "seconds": step,
+        "seconds_in_kernels": busy,
+        "kernels": sum(event.count for event in events),
         "share_of_time_in_kernels": min(1.0, busy / step),
+        "flops": counted.get_total_flops(),
         "flops_per_second": flops,
         "share_of_float32_ceiling": flops / limits["float32_flops_per_second"],
+        "bytes": traffic.bytes,
         "bytes_per_second": moved,
         "share_of_bandwidth_ceiling": moved / limits["bytes_per_second"],
-        "slowest": {event.key: getattr(event, attribute) / 1e6 for event in slowest},
+        "slowest": {event.key: [getattr(event, attribute) / 1e6, event.count] for event in slowest},
     }
 
 
@@ -160,34 +223,46 @@ def main() -> None:
     parser = make_parser(__doc__)
     parser.set_defaults(device="cuda")
     parser.add_argument("--quick", action="store_true", help="at a toy size")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="of the measurement (default: all)")
     arguments = parser.parse_args()
-    device, quick = arguments.device, arguments.quick
+    device, quick, parts = arguments.device, arguments.quick, arguments.parts
     if device == "cuda" and not torch.cuda.is_available():
         sys.exit("error: torch sees no CUDA device here; --device cpu --quick shows that the script runs.")
     be_quiet()
     shape = TOY if quick else PAPER
-    limits = ceilings(device, quick)
-    timed = steps(shape, device, 1 if quick else 2)
-    within = inside(shape, device, limits)
-    hours = {name: judged(row["hours_of_50_epochs"], ("<=", GOAL_HOURS)) for name, row in timed.items()}
-    ours, theirs = timed["exact, 32-true"]["seconds"], timed["NNI's DARTS, 32-true"]["seconds"]
-    rows = {"hours of 50 epochs": hours, "step": {"exact / NNI's DARTS": judged(ours / theirs, None)}}
-    print(table(rows))
-    for name in ("share_of_time_in_kernels", "share_of_float32_ceiling", "share_of_bandwidth_ceiling"):
-        print(f"{name.replace('_', ' ')}: {within[name]:.3f}")
-    result = {"shape": shape, "ceilings": limits, "steps": timed, "inside_a_step": within, "table": rows}
+    file = result_file("on_gpu", device)
+    result: dict[str, Any] = {} if quick or not file.exists() else read_json(file, "result of a benchmark")
+
+    def keep(**measured: Any) -> None:
+        result.update(measured)
+        if not quick:
+            save_result("on_gpu", result, device)
+
+    keep(shape=shape, ceilings=ceilings(device, quick))
+    if "steps" in parts:
+        timed = steps(shape, device)
+        hours = {name: judged(row["hours_of_50_epochs"], ("<=", GOAL_HOURS)) for name, row in timed.items()}
+        theirs = timed["NNI's DARTS"]["seconds"]
+        ratios = {f"{name} / NNI's DARTS": judged(row["seconds"] / theirs, None) for name, row in timed.items()}
+        rows = {"hours of 50 epochs": hours, "step": ratios}
+        print(table(rows), flush=True)
+        keep(steps=timed, table=rows)
+    if "inside" in parts:
+        within = inside(shape, device, result["ceilings"])
+        for name in ("share_of_time_in_kernels", "share_of_float32_ceiling", "share_of_bandwidth_ceiling"):
+            print(f"{name.replace('_', ' ')}: {within[name]:.3f}", flush=True)
+        keep(inside_a_step=within)
+    if "searches" in parts:
+        searches: dict[str, Any] = {}
+        for script, recipe in (("search_darts.py", "darts_mnist5k.yml"), ("search_cream.py", "cream_mnist5k.yml")):
+            searches[recipe] = real_search(script, recipe, device, quick)
+            print(f"{recipe}: {searches[recipe]['seconds']:.0f} s", *searches[recipe]["end"], sep="\n  ", flush=True)
+            keep(searches=searches)
     if not quick:
-        # Saved now, and again with what may be cut off.
-        save_result("on_gpu", result, device)
-    searches: dict[str, Any] = {}
-    for script, recipe in (("search_darts.py", "darts_mnist5k.yml"), ("search_cream.py", "cream_mnist5k.yml")):
-        searches[recipe] = real_search(script, recipe, device, quick)
-        print(f"{recipe}: {searches[recipe]['seconds']:.0f} s", *searches[recipe]["end"], sep="\n  ")
-    if not quick:
-        file = save_result("on_gpu", {**result, "searches": searches}, device)
         print(f"written to {file}", flush=True)
-        command = [sys.executable, str(Path(__file__).with_name("run_all.py")), "--device", device]
-        subprocess.run(command, check=True)
+        if "benchmarks" in parts:
+            command = [sys.executable, str(Path(__file__).with_name("run_all.py")), "--device", device]
+            subprocess.run(command, check=True)
 
 
 if __name__ == "__main__":

@@ -41,17 +41,24 @@ class ParameterStep:
         buffer: m, of the parameter's shape; None where there is none yet.
     """
 
-    scale: float
-    decay: float
-    drift: float
+    scale: float | Tensor
+    decay: float | Tensor
+    drift: float | Tensor
     buffer: Tensor | None
 
 
 Step = Sequence[ParameterStep]
 
 
-def sgd_step(optimizer: torch.optim.Optimizer, weights: Sequence[Tensor]) -> list[ParameterStep]:
+def sgd_step(
+    optimizer: torch.optim.Optimizer, weights: Sequence[Tensor], rates: Tensor | None = None
+) -> list[ParameterStep]:
     """Return what the next step of ``optimizer`` does to ``weights``, apart from their gradient.
+
+    Args:
+        optimizer: of the weights.
+        weights: w.
+        rates: the learning rate of each of its groups, [groups], in place of its own numbers.
 
     Raises:
         UserError: if it is not ``torch.optim.SGD``, or dampens or maximises: its step is another formula then.
@@ -62,10 +69,11 @@ def sgd_step(optimizer: torch.optim.Optimizer, weights: Sequence[Tensor]) -> lis
             "torch.optim.SGD ('sgd' or 'momentum' in a recipe), or order: first."
         )
     steps: dict[Tensor, ParameterStep] = {}
-    for group in optimizer.param_groups:
+    for position, group in enumerate(optimizer.param_groups):
         if group["dampening"] or group["maximize"]:
             raise UserError("The unrolled step knows neither dampening nor maximize; leave them out of the optimizer.")
-        lr, momentum = float(group["lr"]), float(group["momentum"])
+        lr = float(group["lr"]) if rates is None else rates[position]
+        momentum = float(group["momentum"])
         scale, drift = (lr * (1 + momentum), lr * momentum**2) if group["nesterov"] else (lr, lr * momentum)
         for parameter in group["params"]:
             buffer = optimizer.state.get(parameter, {}).get("momentum_buffer")
@@ -134,18 +142,17 @@ def finite_difference(
         slopes = torch.autograd.grad(loss, variables, allow_unused=True)
     unrolled = _unroll(slopes, valid_loss, weights, alphas, step)
     norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(v) for v in unrolled.direction]))
-    # Where the validation loss does not depend on the weights there is nothing to differentiate through.
-    epsilon = radius / norm if norm > 0 else torch.zeros_like(norm)
+    # Where the validation loss does not depend on the weights there is nothing to differentiate through. Not an if: a
+    # GPU would be waited for.
+    depends = norm > 0
+    epsilon = torch.where(depends, radius / norm, 0)
 
     def at(sign: int) -> tuple[Tensor, ...]:
         moved = [w.detach() + sign * epsilon * v for w, v in zip(weights, unrolled.direction, strict=True)]
         with _leaves(alphas) as variables:
             return _gradients(train_loss(moved, variables), variables)
 
-    if norm > 0:
-        implicit = tuple((b - a) / (2 * epsilon) for a, b in zip(at(1), at(-1), strict=True))
-    else:
-        implicit = tuple(torch.zeros_like(alpha) for alpha in alphas)
+    implicit = tuple(torch.where(depends, (b - a) / (2 * epsilon), 0) for a, b in zip(at(1), at(-1), strict=True))
     return unrolled.hypergradient(implicit)
 
 

@@ -395,6 +395,7 @@ class Darts(Settings):
     flops_target: PositiveFloat | None = None
     flops_weight: PositiveFloat = 1.0
     execution: Literal["fused", "textbook"] = "fused"
+    cuda_graphs: bool = True
 
     @field_validator("eigenvalue", mode="before")
     @classmethod

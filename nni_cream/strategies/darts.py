@@ -75,6 +75,9 @@ class DartsStrategy(OneShotStrategy):
         execution: how the cells of a :class:`search_spaces.darts.DartsSpace` run: ``"fused"``, what leaves one state
             together (:class:`nni_cream.supernet.fused_cell.FusedCell`), or ``"textbook"``, one operation of one edge
             after another, as for operations that are changed after the space has been relaxed. The sums are the same.
+        cuda_graphs: on a GPU, record a step after the first few and launch its kernels together from then on
+            (:mod:`nni_cream.cuda_graphs`). Python code in the network, hooks for example, runs no more then. Not with
+            several processes or a scaled loss (``16-mixed``).
         reporting_dataloader: held-out images for the accuracy that is reported; the evaluator's validation images,
             which α learns from, if None.
         mutation_hooks: as in NNI.
@@ -105,6 +108,7 @@ class DartsStrategy(OneShotStrategy):
         flops_target: float | None = None,
         flops_weight: float = 1.0,
         execution: Execution = "fused",
+        cuda_graphs: bool = True,
         reporting_dataloader: Any = None,
         mutation_hooks: list[MutationHook] | None = None,
     ) -> None:
@@ -125,6 +129,7 @@ class DartsStrategy(OneShotStrategy):
             flops_target=flops_target,
             flops_weight=flops_weight,
             execution=execution,
+            cuda_graphs=cuda_graphs,
         )
         self.reporting_dataloader = reporting_dataloader
         self.alphas = Alphas()

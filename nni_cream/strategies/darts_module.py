@@ -22,8 +22,9 @@ from torchmetrics.aggregation import SumMetric
 from nni_cream import hypergradient, soundness
 from nni_cream.averages import StepMean
 from nni_cream.collapse import WINDOW, rises_sharply
+from nni_cream.cuda_graphs import Recorded, Recorder
 from nni_cream.curvature import dominant_eigenvalue
-from nni_cream.distributed import mean
+from nni_cream.distributed import mean, processes
 from nni_cream.errors import UserError
 from nni_cream.genotype import CellKind, entropy
 from nni_cream.hypergradient import Hypergradient
@@ -62,6 +63,7 @@ class DartsSettings:
     flops_target: float | None
     flops_weight: float
     execution: Execution
+    cuda_graphs: bool
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,22 @@ class Epoch:
     alphas: list[Tensor]
     val_accuracy: float
     eigenvalue: float | None
+
+
+class _Given(torch.autograd.Function):
+    """A loss whose gradients are known: going back from it puts them where it would have put them."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, loss: Tensor, parameters: list[Tensor], gradients: list[Any]) -> Tensor:
+        # The anchor is something to differentiate by, so that there is a way back.
+        ctx.pairs = list(zip(parameters, gradients, strict=True))
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor) -> tuple[None, ...]:
+        for parameter, gradient in ctx.pairs:
+            parameter.grad = gradient
+        return None, None, None, None
 
 
 class DartsLightningModule(BaseOneShotLightningModule):
@@ -107,6 +125,8 @@ class DartsLightningModule(BaseOneShotLightningModule):
         self._weight_names: list[str] = []
         self._weights: list[Tensor] = []
         self._last_for_alpha: Batch | None = None
+        self._recorder: Recorder | None = None
+        self._recorded: dict[str, Recorded] = {}
         self._train_loss, self._train_accuracy, self._alpha_loss = StepMean(), StepMean(), StepMean()
         self._correct = SumMetric()
         self._seen = SumMetric()
@@ -158,6 +178,25 @@ class DartsLightningModule(BaseOneShotLightningModule):
             )
         if self.settings.order == "second":
             hypergradient.sgd_step(self._weight_optimizer(), self._weights)
+        if self.settings.cuda_graphs and self.device.type == "cuda" and processes() == 1 and not self._scales_loss():
+            self.record_steps(Recorder())
+
+    def _scales_loss(self) -> bool:
+        return getattr(self.trainer.precision_plugin, "scaler", None) is not None
+
+    def record_steps(self, recorder: Recorder) -> None:
+        """Record both halves of a step after a few steps, and replay them from then on."""
+        self._recorder = recorder
+        self._recorded = {
+            "α": Recorded(self._hypergradient_of, self._state_of_a_step, recorder),
+            "weights": Recorded(self._gradients_of, self._state_of_a_step, recorder),
+        }
+
+    def _state_of_a_step(self) -> Iterator[Tensor | None]:
+        yield from self.parameters()
+        yield from self.buffers()
+        state = self._weight_optimizer().state
+        yield from (state.get(weight, {}).get("momentum_buffer") for weight in self._weights)
 
     def training_step(self, batch: dict[str, Batch], batch_idx: int) -> Tensor | None:
         """Move α by a validation batch, then the weights by a training batch (algorithm 1)."""
@@ -168,8 +207,7 @@ class DartsLightningModule(BaseOneShotLightningModule):
                 self.advance_lr_schedulers(batch_idx)
                 return None
         with self._fixed_alphas():
-            logits = self.training_module(images)
-            loss = self._criterion(logits, targets)
+            logits, loss = self._forward(images, targets)
             clip = self.settings.gradient_clip
             if clip is not None:
                 clip *= loss_scale(self.trainer)
@@ -208,21 +246,55 @@ class DartsLightningModule(BaseOneShotLightningModule):
         self._alpha_loss.update(result.valid_loss)
         self.log("alpha_loss", result.valid_loss)
 
+    def _forward(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Return logits, and the loss to go back from."""
+        if not self._recorded:
+            logits = self.training_module(images)
+            return logits, self._criterion(logits, targets)
+        logits, loss, *gradients = self._recorded["weights"](images, targets)
+        assert logits is not None
+        # What the next call overwrites may be logged after it.
+        return logits.clone(), _Given.apply(torch.zeros((), requires_grad=True), loss, self._weights, gradients)
+
+    def _gradients_of(self, images: Tensor, targets: Tensor) -> tuple[Tensor | None, ...]:
+        """Return logits, loss, and the gradients of the weights."""
+        kind = self.device.type
+        mixed, precision = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
+        # A weight that was rounded in a recording is no rounded weight for what follows it.
+        with torch.enable_grad(), torch.autocast(kind, precision, mixed, cache_enabled=False):
+            logits = self.training_module(images)
+            loss = self._criterion(logits, targets)
+        gradients = torch.autograd.grad(loss, self._weights, allow_unused=True)
+        return logits.detach(), loss.detach(), *gradients
+
     def hypergradient(self, training: Batch, validation: Batch) -> Hypergradient:
         """Return the gradient of the validation loss in α, of the kind that the settings ask for.
 
         In the parameters' own precision: a difference of gradients would be lost in a shorter one.
         """
+        if not self._recorded:
+            return self._hypergradient(training, validation, None)
+        groups = self._weight_optimizer().param_groups
+        rates = torch.tensor([float(group["lr"]) for group in groups], device=self.device)
+        found = self._recorded["α"](*training, *validation, rates)
+        loss, *tables = (tensor.clone() for tensor in found if tensor is not None)
+        return Hypergradient(tuple(tables[: len(self.alphas)]), tuple(tables[len(self.alphas) :]), loss)
+
+    def _hypergradient_of(self, *given: Tensor) -> tuple[Tensor, ...]:
+        result = self._hypergradient(given[:2], given[2:4], given[4])
+        return result.valid_loss, *result.gradients, *result.implicit
+
+    def _hypergradient(self, training: Any, validation: Any, rates: Tensor | None) -> Hypergradient:
         # Losses leave it by themselves, but their derivatives are computed here.
         with torch.autocast(self.device.type, enabled=False):
-            return self._hypergradient(training, validation)
+            return self._by_kind(training, validation, rates)
 
-    def _hypergradient(self, training: Batch, validation: Batch) -> Hypergradient:
+    def _by_kind(self, training: Batch, validation: Batch, rates: Tensor | None) -> Hypergradient:
         train_loss, valid_loss = self.pure_loss(training), self.pure_loss(validation)
         alphas = list(self.alphas.parameters())
         if self.settings.order == "first":
             return hypergradient.first_order(train_loss, valid_loss, self._weights, alphas, ())
-        step = hypergradient.sgd_step(self._weight_optimizer(), self._weights)
+        step = hypergradient.sgd_step(self._weight_optimizer(), self._weights, rates)
         if self.settings.hypergradient == "exact":
             return hypergradient.exact(train_loss, valid_loss, self._weights, alphas, step)
         return hypergradient.finite_difference(
@@ -337,6 +409,11 @@ class DartsLightningModule(BaseOneShotLightningModule):
         return dominant_eigenvalue(lambda alphas: loss(self._weights, alphas), list(self.alphas.parameters()))
 
     # The end.
+
+    def on_train_end(self) -> None:
+        """Give back the memory of recorded steps, in which the weights are where they were during the training."""
+        super().on_train_end()
+        self._recorded, self._recorder = {}, None
 
     def _end_if_it_collapses(self) -> None:
         settings, normal = self.settings, self.cells().get("normal")

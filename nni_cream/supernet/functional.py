@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from nni_cream.cuda_graphs import is_recording
 from nni_cream.distributed import processes, reduce, replicate
 from nni_cream.supernet.batch_norm import batch_statistics
 from nni_cream.supernet.synchronised import synchronised
@@ -44,7 +45,8 @@ def pure_loss(
             for name, tensor in zip(group_names, replicate(*group), strict=True)
         }
         with (
-            torch.random.fork_rng(devices),
+            # What is recorded draws no random numbers.
+            torch.random.fork_rng(devices, enabled=not is_recording()),
             batch_statistics(network),
             synchronised(),
             torch.autocast(images.device.type, enabled=False),

@@ -145,7 +145,9 @@ class FusedCell(MixedCell):
         if not self._can_run_fused(last):
             return super().forward(before_last, last)
         # [edges, operations] to [operations, edges], edges in the order of the states that they leave.
-        mixing = self._weights().t()[:, self._order].split(self._fan_out, dim=1)
+        # Indexing by numbers of the host would wait for a GPU, and could not be recorded.
+        rows = self._weights().unbind()
+        mixing = torch.stack([rows[row] for row in self._order], dim=1).split(self._fan_out, dim=1)
         statistics = Statistics(self._norms) if self._norms else None
         states = [self.preprocess0(before_last), self.preprocess1(last)]
         channels = states[0].shape[1]
