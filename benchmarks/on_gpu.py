@@ -14,7 +14,7 @@ needs a CUDA device, this repository and the installed package (NNI's Python par
 
 ``--parts steps inside`` runs some of them, and keeps what earlier runs have measured of the others. ``--device cpu
 --quick`` runs all but the last at a toy size, to see that they do run, and keeps nothing; else
-``benchmarks/results/on_gpu*.json`` is written, anew after every part.
+``benchmarks/results/on_gpu*.json`` is written, anew after every measurement.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -68,7 +68,7 @@ KINDS: dict[str, Kind] = {
     "NNI's DARTS": Kind(STEPS["NNI's DARTS"], CONTIGUOUS, before=1),
     "exact": Kind(DartsStrategy),
     "exact, cuDNN's first choice": Kind(DartsStrategy, benchmark=False),
-    "exact, textbook": Kind(lambda: DartsStrategy(execution="textbook"), CONTIGUOUS),
+    "exact, contiguous": Kind(DartsStrategy, CONTIGUOUS),
     "exact, no CUDA graphs": Kind(lambda: DartsStrategy(cuda_graphs=False), before=1),
     "finite difference": Kind(lambda: DartsStrategy(hypergradient=FINITE)),
     "first order": Kind(lambda: DartsStrategy(order="first")),
@@ -144,10 +144,9 @@ def time_kind(name: str, shape: tuple[int, int, int], device: str, *callbacks: C
     return found[kind.before - 1 :]
 
 
-def steps(shape: tuple[int, int, int], device: str) -> dict[str, Any]:
-    """Return the time of a step of every kind, and what follows from it."""
+def steps(shape: tuple[int, int, int], device: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Give the time of a step of every kind, and what follows from it."""
     batch = shape[2]
-    rows: dict[str, Any] = {}
     for name in KINDS:
         if device == "cuda":
             torch.cuda.empty_cache()
@@ -155,11 +154,11 @@ def steps(shape: tuple[int, int, int], device: str) -> dict[str, Any]:
         times = time_kind(name, shape, device)
         step = statistics.median(times)
         hours = step * EPOCHS * (IMAGES // batch) / 3600
-        rows[name] = {"seconds": step, "images_per_second": batch / step, "hours_of_50_epochs": hours, "all": times}
+        row = {"seconds": step, "images_per_second": batch / step, "hours_of_50_epochs": hours, "all": times}
         if device == "cuda":
-            rows[name]["peak_mib"] = torch.cuda.max_memory_reserved() / 2**20
+            row["peak_mib"] = torch.cuda.max_memory_reserved() / 2**20
         print(f"{name}: {1000 * step:.1f} ms a step, {hours:.2f} hours", flush=True)
-    return rows
+        yield name, row
 
 
 def inside(shape: tuple[int, int, int], device: str, limits: dict[str, float]) -> dict[str, Any]:
@@ -240,13 +239,16 @@ def main() -> None:
 
     keep(shape=shape, ceilings=ceilings(device, quick))
     if "steps" in parts:
-        timed = steps(shape, device)
+        timed: dict[str, Any] = {}
+        for name, row in steps(shape, device):
+            timed[name] = row
+            keep(steps=timed)
         hours = {name: judged(row["hours_of_50_epochs"], ("<=", GOAL_HOURS)) for name, row in timed.items()}
         theirs = timed["NNI's DARTS"]["seconds"]
         ratios = {f"{name} / NNI's DARTS": judged(row["seconds"] / theirs, None) for name, row in timed.items()}
         rows = {"hours of 50 epochs": hours, "step": ratios}
         print(table(rows), flush=True)
-        keep(steps=timed, table=rows)
+        keep(table=rows)
     if "inside" in parts:
         within = inside(shape, device, result["ceilings"])
         for name in ("share_of_time_in_kernels", "share_of_float32_ceiling", "share_of_bandwidth_ceiling"):

@@ -18,6 +18,8 @@ Outputs = tuple[Tensor | None, ...]
 Function = Callable[..., Outputs]
 # Libraries choose their kernels and optimizers make their state in the first calls.
 WARM_UP: Final = 3
+# In how far a recording may differ from the step itself, relative to its numbers.
+TOLERANCE: Final = 1e-3
 
 
 def is_recording() -> bool:
@@ -72,9 +74,10 @@ class Recorder:
 class Recorded:
     """A function that launches the same kernels at every call, recorded after a few calls and then replayed.
 
-    It may change tensors in place, but Python code in it runs no more once it is recorded. What it returns is
-    overwritten by the next call of a function with the same recorder. Called with other shapes it runs as it is; where
-    tensors of its state have moved in memory it is recorded anew.
+    It may change tensors in place, but Python code in it runs no more once it is recorded. A recording is compared with
+    a call of the function before it counts, and not used where they differ. What it returns is overwritten by the next
+    call of a function with the same recorder. Called with other shapes it runs as it is; where tensors of its state
+    have moved in memory it is recorded anew.
 
     Args:
         function: takes tensors, and gives tensors and None.
@@ -103,12 +106,14 @@ class Recorded:
         form = [(tensor.shape, tensor.stride(), tensor.dtype, tensor.device) for tensor in inputs]
         addresses = [0 if tensor is None else tensor.data_ptr() for tensor in self._state()]
         if self._replay is None or addresses != self._addresses:
-            self._record(inputs)
             self._form, self._addresses = form, addresses
-        elif form != self._form:
+            return self._record(*inputs)
+        if form != self._form:
             return self._function(*inputs)
-        if self._replay is None:
-            return self._function(*inputs)
+        return self._replayed(*inputs)
+
+    def _replayed(self, *inputs: Tensor) -> Outputs:
+        assert self._replay is not None
         for place, given in zip(self._inputs, inputs, strict=True):
             place.copy_(given)
         self._replay()
@@ -121,15 +126,45 @@ class Recorded:
             self._recorder.refuse("the network draws random numbers, which would be the same ones in every step")
         return outputs
 
-    def _record(self, inputs: Sequence[Tensor]) -> None:
+    def _record(self, *inputs: Tensor) -> Outputs:
         # Before a new recording takes memory, the old one gives up its own.
         self._replay, self._outputs, self._inputs = None, (), []
         places = [tensor.clone() for tensor in inputs]
+        before = self._copied()
+        expected = self._function(*inputs)
+        after = self._copied()
+        self._restore(before)
         try:
             self._replay, self._outputs = self._recorder.record(self._function, places, self._recorder.pool())
             self._inputs = places
+            found = self._replayed(*inputs)
+            if _agree(found, expected) and _agree(self._copied(), after):
+                return found
+            self._recorder.refuse("a recording computes something else than the step itself")
         except RuntimeError as error:
-            self._recorder.refuse(str(error).strip().partition("\n")[0])
+            self._recorder.refuse(str(error).strip().partition("\n")[0].rstrip("."))
+        self._restore(after)
+        return expected
+
+    def _copied(self) -> list[Tensor | None]:
+        return [None if tensor is None else tensor.detach().clone() for tensor in self._state()]
+
+    @torch.no_grad()
+    def _restore(self, state: Sequence[Tensor | None]) -> None:
+        for tensor, before in zip(self._state(), state, strict=True):
+            if tensor is not None and before is not None:
+                tensor.copy_(before)
+
+
+def _agree(ours: Sequence[Tensor | None], theirs: Sequence[Tensor | None]) -> bool:
+    """Tell whether two runs of the same kernels agree, whose sums may come in another order."""
+    given = [(a, b) for a, b in zip(ours, theirs, strict=True) if a is not None and b is not None]
+    if any((a is None) != (b is None) for a, b in zip(ours, theirs, strict=True)):
+        return False
+    apart = torch.stack([(a.double() - b.double()).norm() for a, b in given])
+    size = torch.stack([b.double().norm() for _, b in given])
+    # One that is nearly 0 is no more than noise beside the others.
+    return bool((apart <= TOLERANCE * (size + size.median())).all())
 
 
 def _random_states() -> list[Tensor]:

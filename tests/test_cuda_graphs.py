@@ -91,6 +91,33 @@ class TestRecorded:
         ]
 
 
+@pytest.mark.parametrize("wrong", ["result", "state"])
+def test_a_recording_that_computes_something_else_is_not_used(wrong: str, capsys: pytest.CaptureFixture[str]) -> None:
+    function = Sum("cpu")
+
+    def record(_: Any, inputs: Sequence[Tensor], pool: Any) -> Any:
+        results = torch.zeros(()), torch.zeros(()), None
+
+        def replay() -> None:
+            latest, total, _ = function(*inputs)
+            assert latest is not None
+            assert total is not None
+            results[0].copy_(latest * 1.01 if wrong == "result" else latest)
+            results[1].copy_(total)
+            if wrong == "state":
+                function.total.mul_(1.01)
+
+        return replay, results
+
+    call = Recorded(function, lambda: [function.total], Recorder(record))
+    for number in range(1, WARM_UP + 4):
+        assert numbers(call(torch.ones(3))) == [3, 3 * number, None]
+    assert function.total.item() == 3 * (WARM_UP + 3)
+    assert capsys.readouterr().err.splitlines() == [
+        "Steps are not recorded as CUDA graphs: a recording computes something else than the step itself."
+    ]
+
+
 def test_what_cannot_be_recorded_runs_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
     tried = []
 

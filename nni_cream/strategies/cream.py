@@ -126,7 +126,8 @@ class CreamStrategy(OneShotStrategy):
         paths = PathSpace(space)
         table = measure_space(space, tuple(images.shape[1:]))
         with torch.no_grad(), batch_statistics(space):
-            num_classes = space(images[:2]).shape[-1]
+            # Images may be on the device of the search already, where the space comes only when that begins.
+            num_classes = space(images[:2].to(next(space.parameters()).device)).shape[-1]
         self._description = (paths, table, num_classes)
         if self.ranking_dataloader is None:
             self.ranking_dataloader = loader

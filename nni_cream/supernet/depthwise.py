@@ -39,7 +39,7 @@ def _convolve(features: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
 def _input_gradient(grad: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
     stride, padding, dilation, size, kernel = geometry
     if grad.device.type != "cpu":
-        features = grad.new_empty(1).expand(len(grad), len(weight), *size)
+        features = grad.new_empty(len(grad), len(weight), *size)
         return _torch_gradient(grad, features, weight, geometry, 0)
     reach = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
     if stride == (1, 1) and all(r >= p for r, p in zip(reach, padding, strict=True)):
@@ -58,7 +58,7 @@ def _weight_gradient(features: Tensor, grad: Tensor, geometry: Geometry) -> Tens
     images, channels = features.shape[:2]
     # Measured on CPUs: nothing is gained for a plain 3×3. Other devices have kernels of their own.
     if features.device.type != "cpu" or (kernel == (_STRIP, _STRIP) and dilation == (1, 1)):
-        weight = features.new_empty(1).expand(channels, 1, *kernel)
+        weight = features.new_empty(channels, 1, *kernel)
         return _torch_gradient(grad, features, weight, geometry, 1)
     if _is_channels_last(features) and kernel[1] in (_STRIP, 5):
         large = all(out >= k for out, k in zip(grad.shape[2:], kernel, strict=True))
@@ -128,22 +128,19 @@ def _between(features: Tensor, dilation: Pair) -> Tensor:
 
 
 def _torch_gradient(grad: Tensor, features: Tensor, weight: Tensor, geometry: Geometry, which: int) -> Tensor:
-    stride, padding, dilation = geometry[:3]
-    gradients = torch.ops.aten.convolution_backward(
-        grad,
-        features,
-        weight,
-        None,
-        stride,
-        padding,
-        dilation,
-        False,
-        (0, 0),
-        len(weight),
-        (which == 0, which == 1, False),
-    )
-    gradient: Tensor = gradients[which]
+    gradient = _torch_gradients(grad, features, weight, geometry, (which == 0, which == 1))[which]
+    assert gradient is not None
     return gradient
+
+
+def _torch_gradients(
+    grad: Tensor, features: Tensor, weight: Tensor, geometry: Geometry, needed: tuple[bool, bool]
+) -> tuple[Tensor | None, Tensor | None]:
+    stride, padding, dilation = geometry[:3]
+    by_input, by_weight, _ = torch.ops.aten.convolution_backward(
+        grad, features, weight, None, stride, padding, dilation, False, (0, 0), len(weight), (*needed, False)
+    )
+    return by_input, by_weight
 
 
 class _Form(torch.autograd.Function):
@@ -186,6 +183,9 @@ class _Convolve(_Form):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         features, weight = ctx.saved_tensors
         needs = ctx.needs_input_grad
+        if features.device.type != "cpu" and not torch.is_grad_enabled():
+            # As torch does it.
+            return *_torch_gradients(grad, features, weight, ctx.geometry, (needs[0], needs[1])), None
         return (
             _differentiable(_InputGradient, grad, weight, ctx.geometry) if needs[0] else None,
             _differentiable(_WeightGradient, features, grad, ctx.geometry) if needs[1] else None,

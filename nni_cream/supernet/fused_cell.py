@@ -120,9 +120,9 @@ class FusedCell(MixedCell):
     """A :class:`MixedCell` whose edges run together: same values, gradients, buffers, and state dict.
 
     Parameters and buffers stay where they are in a :class:`MixedCell`, but the modules of the operations are not
-    called, so hooks on them do not run. An operation that is none of the paper's runs as it is, and the whole
-    cell runs as a :class:`MixedCell` under autocast, when its batch norms are not all in one mode, and when a batch
-    has a single value a channel or a size that a reduction refuses.
+    called, so hooks on them do not run. An operation that is none of the paper's runs as it is, and the whole cell runs
+    as a :class:`MixedCell` on a GPU, under autocast, when its batch norms are not all in one mode, and when a batch has
+    a single value a channel or a size that a reduction refuses.
 
     Args:
         cell: as of :class:`MixedCell`.
@@ -185,6 +185,9 @@ class FusedCell(MixedCell):
         return departure
 
     def _can_run_fused(self, last: Tensor) -> bool:
+        # On a GPU this way has not been shown to have the textbook's gradients (docs/performance.md).
+        if last.device.type != "cpu":
+            return False
         shrink = 2 if self.kind == "reduce" else 1
         images, _, height, width = last.shape
         modes = {(norm.training, norm.track_running_stats, norm.momentum, norm.eps) for norm in self._norms}

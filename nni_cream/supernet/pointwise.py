@@ -8,7 +8,6 @@ several convolutions that are added up become one accumulated product. Derivativ
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -18,8 +17,6 @@ from nni_cream.supernet.synchronised import averages
 
 # Products of narrower groups cost more than the zeros that join them; measured on CPUs.
 _NARROWEST = 16
-# So many processors of a GPU can work at one product.
-_PARTS = 64
 
 
 def _blocks(groups: int, channels: int) -> int:
@@ -67,23 +64,9 @@ def _product(matrix: Tensor, weight: Tensor, total: Tensor | None = None) -> Ten
 
 def _cross(first: Tensor, second: Tensor, groups: int) -> Tensor:
     """Return firstᵀ·second, group by group: [groups, columns of first, columns of second]."""
-    if first.is_cuda:
-        return _cross_in_parts(first, second, groups)
     if groups == 1:
         return torch.mm(first.t(), second)[None]
     return torch.bmm(_grouped(first, groups).transpose(1, 2), _grouped(second, groups))
-
-
-def _cross_in_parts(first: Tensor, second: Tensor, groups: int) -> Tensor:
-    """Return the same, added up over parts of the rows.
-
-    A GPU shares out the outputs among its processors. Here they are few, and their sums long. The products of one group
-    with another are computed and left out: that costs less than copies of the groups.
-    """
-    parts = math.gcd(len(first), _PARTS)
-    products = torch.bmm(first.view(parts, -1, first.shape[1]).transpose(1, 2), second.view(parts, -1, second.shape[1]))
-    together = products.sum(0).view(groups, first.shape[1] // groups, groups, second.shape[1] // groups)
-    return together.diagonal(0, 0, 2).permute(2, 0, 1)
 
 
 def _multiply(matrix: Tensor, weight: Tensor) -> Tensor:

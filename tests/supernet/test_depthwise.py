@@ -160,6 +160,17 @@ class TestModes:
             assert ((a - b).norm() / b.norm()).item() < 1e-5
 
 
+@pytest.mark.parametrize("asked", ["both", "input", "weight"])
+def test_on_another_device_torchs_own_gradients(asked: str) -> None:
+    layer = DepthwiseConv2d(3, 5, 2, 2).to("meta")
+    features = torch.empty(2, 3, 9, 7, device="meta", requires_grad=True)
+    needed = {"both": [features, layer.weight], "input": [features], "weight": [layer.weight]}[asked]
+    layer.weight.requires_grad_(asked != "input")
+    features.requires_grad_(asked != "weight")
+    found = torch.autograd.grad(layer(features).sum(), needed)
+    assert [gradient.shape for gradient in found] == [variable.shape for variable in needed]
+
+
 class TestReplacement:
     def test_all_depthwise_convolutions_and_no_others(self) -> None:
         class Mine(nn.Conv2d):

@@ -308,6 +308,15 @@ class TestRunsAsInTheTextbook:
         assert torch.equal(ours, theirs)
         assert all(torch.equal(a, b) for a, b in zip(fused.buffers(), textbook.buffers(), strict=True))
 
+    def test_another_device(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        _, fused = pair()
+        cell = fused.space.cells[0].to("meta")
+        fused.alphas.to("meta")
+        given = [tensor.detach().to("meta") for tensor in inputs(cell)]
+        with textbook_calls(monkeypatch) as calls:
+            assert cell(*given).is_meta
+        assert calls == [cell]
+
     def test_norms_in_different_modes(self, monkeypatch: pytest.MonkeyPatch) -> None:
         textbook, fused = pair()
         for network in (textbook, fused):

@@ -37,6 +37,15 @@ def test_other_precisions(precision: str, data: TensorDataset) -> None:
     assert all(torch.isfinite(parameter).all() for parameter in search.module.parameters())
 
 
+def test_images_may_lie_on_another_device_than_the_space(data: TensorDataset) -> None:
+    # Those that stay on a GPU are there before Lightning takes the space there.
+    evaluator = Search(data).evaluator
+    strategy = CreamStrategy(board_images=2)
+    strategy.initialize(RawFormatModelSpace.from_model(SixPaths().to("meta"), evaluator), SequentialExecutionEngine())
+    assert strategy._description is not None
+    assert strategy._description[2] == CLASSES
+
+
 class TestUserErrors:
     @pytest.mark.parametrize("epochs", [1, 2])
     def test_warm_up_that_never_ends(self, epochs: int, data: TensorDataset) -> None:
