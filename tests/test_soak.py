@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import os
 import threading
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -37,6 +40,7 @@ WARM_UP = 600
 EVERY = 20
 DATA = Data(name="digits", resolution=16, batch_size=16, architecture_fraction=0.05, validation_fraction=0.05)
 BATCH_BYTES = 16 * 3 * 16 * 16 * 4
+RETURN_FREE_PAGES = ctypes.CDLL(None).malloc_trim  # of glibc
 
 
 class Samples(pl.Callback):
@@ -50,6 +54,8 @@ class Samples(pl.Callback):
     def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
         step = trainer.fit_loop.total_batch_idx
         if step >= self.warm_up and step % EVERY == 0:
+            # Else what is held goes unseen where it fills what earlier tests of this process have left free.
+            RETURN_FREE_PAGES(0)
             memory, files = self.process.memory_info().rss, len(os.listdir("/proc/self/fd"))
             self.taken.append((step, memory, files, self.process.num_threads()))
 
@@ -90,6 +96,7 @@ def search(folder: Path, steps: int, warm_up: int, *callbacks: pl.Callback) -> l
         val_dataloaders=make_loader(splits.architecture, DATA, Device(accelerator="cpu")),
     )
     torch.manual_seed(0)
+    gc.collect()  # what earlier tests have left, which would go in the middle and hide what comes
     strategy = CreamStrategy(board_images=4, warmup_epochs=1, board_size=3, meta_interval=5, recalibration_batches=2)
     strategy(RawFormatModelSpace.from_model(PathSpace(10), evaluator), SequentialExecutionEngine())
     assert samples.taken[-1][0] >= steps - EVERY
@@ -103,7 +110,7 @@ def test_a_long_search_does_not_grow(tmp_path: Path) -> None:
 
 
 class Leak(pl.Callback):
-    """Holds on to half of every batch, and now and then to an open file and to a thread."""
+    """Holds on to eight copies of every batch, and now and then to an open file and to a thread."""
 
     def __init__(self, files: ExitStack, end: threading.Event) -> None:
         self.files = files
@@ -111,13 +118,24 @@ class Leak(pl.Callback):
         self.images: list[Any] = []
 
     def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        self.images.append(batch[0][::2].clone())
+        self.images += [batch[0].clone() for _ in range(8)]
         if batch_idx % 40 == 0:
             self.files.enter_context(Path(__file__).open())  # noqa: SIM115
             threading.Thread(target=self.end.wait).start()
 
 
+@pytest.fixture
+def heap_with_holes() -> Iterator[None]:
+    """300 MB that the process has had from the system and uses no more, as after many other tests."""
+    pieces = [torch.ones(2500) for _ in range(30_000)]
+    kept = pieces[::50]
+    del pieces
+    yield
+    del kept
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("heap_with_holes")
 def test_one_that_leaks_is_found_to_grow(tmp_path: Path) -> None:
     end = threading.Event()
     with ExitStack() as files:

@@ -197,3 +197,26 @@ def test_listing_works_in_a_process_that_has_imported_nothing_else() -> None:
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False)
     assert result.returncode == 0, result.stderr
     assert {"CreamStrategy", "DartsStrategy"} <= set(result.stdout.split())
+
+
+NAMES = "CreamStrategy, DartsStrategy"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "program",
+    [
+        f"import nni_cream; from nni.nas.strategy import {NAMES}",
+        f"import torch; import nni.nas.strategy; import nni_cream; from nni.nas.strategy import {NAMES}",
+        # torch imports us while NNI's strategies are half imported.
+        "from nni.nas.strategy import DartsStrategy, CreamStrategy",
+        f"from nni_cream.strategies import {NAMES}; import nni.nas.strategy as nni;"
+        "assert (nni.CreamStrategy, nni.DartsStrategy) == (CreamStrategy, DartsStrategy)",
+        f"from nni.nas.strategy import DARTS, {NAMES}; assert DARTS is not DartsStrategy",
+    ],
+    ids=["before", "after", "first", "itself", "beside others"],
+)
+def test_nni_has_the_strategies_in_either_order_of_imports(program: str) -> None:
+    program += f"; print(*(strategy.__module__ for strategy in ({NAMES})))"
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False)
+    assert result.stdout == "nni_cream.strategies.cream nni_cream.strategies.darts\n", result.stderr

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import multiprocessing
 import os
 import runpy
 import signal
@@ -26,7 +27,11 @@ def trial(folder: Path, name: str, *arguments: object) -> subprocess.CompletedPr
 
     Its process has everything imported already; tests/trials/bad_input has tests that start each command by itself.
     """
-    full = command(name, *arguments)
+    return forked(folder, command(name, *arguments))
+
+
+def forked(folder: Path, full: list[str]) -> subprocess.CompletedProcess[str]:
+    """Run a command of Python's, an interpreter and a script with its arguments, in a folder to its end, likewise."""
     with tempfile.TemporaryDirectory() as place:
         out, err = Path(place, "out"), Path(place, "err")
         process = FORKING.Process(target=_run, args=(full[1:], folder, dict(os.environ), out, err))
@@ -46,6 +51,8 @@ def _run(words: list[str], folder: Path, environment: dict[str, str], out: Path,
     os.environ.update(environment)
     for number, file in ((1, out), (2, err)):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), number)
+    # Its own processes are started as in a new one, and not by the server that has forked it.
+    multiprocessing.set_start_method(None, force=True)
     sys.argv = words
     runpy.run_path(words[0], run_name="__main__")
 

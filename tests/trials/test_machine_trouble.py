@@ -18,6 +18,7 @@ import pytest
 import torch
 
 from tests.conftest import REPOSITORY
+from tests.trials.processes import forked
 
 pytestmark = pytest.mark.slow
 
@@ -48,12 +49,16 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 def start(folder: Path, *extra: str, happening: str = "", before: str = "") -> subprocess.CompletedProcess[str]:
-    """Run a training in ``folder`` in which a lot happens, after shell commands in a mount namespace of its own."""
+    """Run a training in ``folder`` in which a lot happens.
+
+    After shell commands it is in a mount namespace of its own, else its process has everything imported already.
+    """
     program = folder / "program.py"
     program.write_text(HAPPENING.format(repository=str(REPOSITORY), happening=happening), encoding="utf-8")
     command = [sys.executable, str(program), str(REPOSITORY / "trials/retrain_child.py"), *COMMAND, *extra]
-    if before:
-        command = [*(namespace() or []), "sh", "-ec", f"{before}\n{shlex.join(command)}"]
+    if not before:
+        return forked(folder, command)
+    command = [*(namespace() or []), "sh", "-ec", f"{before}\n{shlex.join(command)}"]
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=TIMEOUT, check=False)
 
 

@@ -1,9 +1,7 @@
-"""DartsStrategy among NNI's: evaluators, experiments, hooks, precisions, imports, and what it refuses."""
+"""DartsStrategy among NNI's: evaluators, experiments, hooks, precisions, and what it refuses."""
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -166,22 +164,3 @@ def test_a_nas_experiment_runs_it(nas_experiment: Callable[..., Any]) -> None:
     assert not any(isinstance(module, nas.LayerChoice | nas.InputChoice) for module in network.modules())
     images, _ = HELD_OUT.tensors
     assert network.eval()(images).shape == (len(images), CLASSES)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "program",
-    [
-        "import nni_cream; from nni.nas.strategy import DartsStrategy",
-        "import torch; import nni.nas.strategy; import nni_cream; from nni.nas.strategy import DartsStrategy",
-        # torch imports us while NNI's strategies are half imported.
-        "from nni.nas.strategy import DartsStrategy",
-        "from nni_cream.strategies import DartsStrategy; import nni.nas.strategy as nni; assert nni.DartsStrategy",
-        "from nni.nas.strategy import CreamStrategy, DartsStrategy, DARTS; assert DARTS is not DartsStrategy",
-    ],
-    ids=["before", "after", "first", "itself", "beside others"],
-)
-def test_nni_has_the_strategy_in_either_order_of_imports(program: str) -> None:
-    check = "; assert DartsStrategy.__module__ == 'nni_cream.strategies.darts', DartsStrategy.__module__"
-    result = subprocess.run([sys.executable, "-c", program + check], capture_output=True, text=True, timeout=120)
-    assert result.returncode == 0, result.stderr
