@@ -103,18 +103,21 @@ def read_answers(channel: TrialCommandChannel) -> None:
 
 
 def link_tensorboard(directory: Path) -> None:
-    """Let the TensorBoard button of NNI's web UI find the events of the local trial that runs in ``directory``."""
-    is_trial = os.environ.get("NNI_PLATFORM") == "local" and os.environ.get("NNI_OUTPUT_DIR") == str(directory)
-    if not is_trial or directory.parts[-4:-3] + directory.parts[-2:-1] != ("environments", "trials"):
+    """Let the TensorBoard button of NNI's web UI find the events of the local trial whose run is in ``directory``."""
+    trial = Path(os.environ.get("NNI_OUTPUT_DIR", ""))
+    is_local = os.environ.get("NNI_PLATFORM") == "local"
+    if not is_local or trial.parts[-4:-3] + trial.parts[-2:-1] != ("environments", "trials"):
         return
-    events = directory / "tensorboard"
-    events.mkdir(parents=True, exist_ok=True)
-    expected = directory.parents[3] / "trials" / directory.name / "output" / "tensorboard"
-    expected.parent.mkdir(parents=True, exist_ok=True)
+    expected = trial.parents[3] / "trials" / trial.name / "output" / "tensorboard"
     # The button has made an empty folder if it was pressed before.
     if expected.is_dir() and not expected.is_symlink() and not any(expected.iterdir()):
         expected.rmdir()
     if not expected.exists():
+        # Not every run is in the folder of its trial, and what one had there may have been removed.
+        events = (directory / "tensorboard").absolute()
+        events.mkdir(parents=True, exist_ok=True)
+        expected.parent.mkdir(parents=True, exist_ok=True)
+        expected.unlink(missing_ok=True)
         expected.symlink_to(events)
 
 

@@ -145,8 +145,10 @@ def _budget_of(run: _Run, recipe: CreamRecipe) -> _Budget:
         return _Budget(
             (low * _MILLION, high * _MILLION),
             MACS,
-            f"{low:g} to {high:g} million multiply-accumulates for one image",
-            f"between the {low:g} and {high:g} million that were asked for",
+            f"{_interval(low, high)} million multiply-accumulates for one image",
+            f"between the {low:g} and {high:g} million that were asked for"
+            if low
+            else f"within the {high:g} million that were allowed",
         )
     low, high = recipe.latency.min, recipe.latency.max
     measured = LatencyTable.load(run.directory.latency)
@@ -154,13 +156,19 @@ def _budget_of(run: _Run, recipe: CreamRecipe) -> _Budget:
     return _Budget(
         (low, high),
         TIME,
-        f"{low:g} to {high:g} ms, as predicted for a batch",
-        f"predicted to take between the {low:g} and {high:g} ms for a batch that were asked for",
+        f"{_interval(low, high)} ms, as predicted for a batch",
+        f"predicted to take between the {low:g} and {high:g} ms for a batch that were asked for"
+        if low
+        else f"predicted to take no more than the {high:g} ms for a batch that were allowed",
         (
             ("Time of", str(measured.conditions)),
             ("Error of predictions", f"{_percent(error)}, the mean of {number} networks that were measured"),
         ),
     )
+
+
+def _interval(low: float, high: float) -> str:
+    return f"{low:g} to {high:g}" if low else f"at most {high:g}"
 
 
 # The three kinds of run.

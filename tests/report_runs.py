@@ -49,7 +49,7 @@ def cream_run(
     Where it is ``timed``, a path is predicted to take the longer the fewer MACs it has.
     """
     if timed:
-        changes["latency"] = {"table": "latency.json", "min": 1, "max": 2.5}
+        changes.setdefault("latency", {"table": "latency.json", "min": 1, "max": 2.5})
     recipe = CreamRecipe.model_validate(
         {
             "name": "cream_mnist5k",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
@@ -9,6 +10,7 @@ import socket
 import sys
 import time
 import warnings
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -28,6 +30,7 @@ from nni_cream.retrain import retrain
 from nni_cream.runs import RunDirectory
 from nni_cream.search import search_cream
 from nni_cream.search_darts import search_darts
+from nni_cream.strategies import cream_module
 from tests.forking import FORKING
 
 SECONDS = 240
@@ -103,7 +106,13 @@ def run(kind: str, folder: Path, changes: dict[str, Any]) -> None:
 
 
 def _child(
-    kind: str, folder: Path, changes: dict[str, Any], environment: dict[str, str], killed_at: str, steps: Connection
+    kind: str,
+    folder: Path,
+    changes: dict[str, Any],
+    environment: dict[str, str],
+    killed_at: str,
+    killed_ranking: int,
+    steps: Connection,
 ) -> None:
     warnings.simplefilter("ignore")
     os.environ.update(environment)
@@ -129,12 +138,25 @@ def _child(
             os.kill(os.getpid(), signal.SIGKILL)
         return name(self, target)
 
+    judge, ranked = cream_module.count_right, itertools.count(1)
+
+    def judge_or_die(network: Any, classify: Any, calibration: Any, held_out: Iterable[Any]) -> tuple[int, int]:
+        mortal = next(ranked) == killed_ranking
+        return judge(network, classify, calibration, _first_and_die(held_out) if mortal else held_out)
+
+    cream_module.count_right = judge_or_die
     Path.replace = name_or_die  # type: ignore[method-assign,assignment]
     # It takes longer than a search, and has nothing to do with it.
     search.refuse_unreachable = lambda *_: None
     LastTwo.on_train_batch_start = tell  # type: ignore[method-assign]
     LastTwo.on_validation_batch_end = tell_too  # type: ignore[method-assign]
     cli.run(lambda: run(kind, folder, changes))
+
+
+def _first_and_die(batches: Iterable[Any]) -> Iterator[Any]:
+    """Give one batch, and be killed when the next is asked for."""
+    yield next(iter(batches))
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 @dataclass
@@ -202,14 +224,21 @@ def start_two(kind: str, folder: Path, **changes: Any) -> tuple[Started, Started
 
 
 def start(
-    kind: str, folder: Path, environment: dict[str, str] | None = None, killed_at: str = "", **changes: Any
+    kind: str,
+    folder: Path,
+    environment: dict[str, str] | None = None,
+    killed_at: str = "",
+    killed_ranking: int = 0,
+    **changes: Any,
 ) -> Started:
     """Start a process that runs what ``kind`` says, with ``changes`` to its recipe.
 
-    It is killed when it has written the file called ``killed_at``, just before that gets its name.
+    It is killed when it has written the file called ``killed_at``, just before that gets its name; or while it ranks
+    the ``killed_ranking``-th path of its board, from 1.
     """
     ours, theirs = FORKING.Pipe(duplex=False)
-    process = FORKING.Process(target=_child, args=(kind, folder, changes, environment or {}, killed_at, theirs))
+    arguments = (kind, folder, changes, environment or {}, killed_at, killed_ranking, theirs)
+    process = FORKING.Process(target=_child, args=arguments)
     process.start()
     theirs.close()
     return Started(process, ours, folder)
@@ -237,6 +266,12 @@ def kill_in_the_writing_of(name: str, kind: str, folder: Path, **changes: Any) -
     started = start(kind, folder, killed_at=name, **changes)
     assert started.end() == -signal.SIGKILL, started.output()
     assert not (folder / name).exists()
+
+
+def kill_in_the_ranking(path: int, folder: Path) -> None:
+    """Search, and let it be killed in the end, when the path of that number on the board has been measured in part."""
+    started = start("cream", folder, killed_ranking=path)
+    assert started.end() == -signal.SIGKILL, started.output()
 
 
 def differences(ours: Any, theirs: Any, where: str = "") -> list[str]:

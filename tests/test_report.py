@@ -242,6 +242,30 @@ class TestBudgetOfTime:
             assert label not in (written["cream"].folder / f"{name}.svg").read_text()
 
 
+@pytest.mark.parametrize(
+    ("changes", "sentence", "text"),
+    [
+        (
+            {"flops": {"min": 0, "max": 4}},
+            "accumulates, within the 4 million that were allowed.",
+            "at most 4 million mul",
+        ),
+        (
+            {"timed": True, "latency": {"table": "latency.json", "max": 2.5}},
+            "accumulates, predicted to take no more than the 2.5 ms for a batch that were allowed.",
+            "at most 2.5 ms, as predicted for a batch",
+        ),
+    ],
+    ids=["MACs", "time"],
+)
+def test_a_budget_that_begins_at_zero_is_a_most(
+    tmp_path: Path, changes: dict[str, Any], sentence: str, text: str
+) -> None:
+    run = Written(*cream_run(tmp_path, **changes))
+    assert sentence in run.reader.all("p")[0].text.replace("\u00a0", " ")
+    assert run.rows()["Budget"].replace("\u00a0", " ").startswith(text)
+
+
 class TestDarts:
     def test_result(self, written: dict[str, Written]) -> None:
         assert written["darts"].facts() == {

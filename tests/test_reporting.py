@@ -3,6 +3,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -245,6 +246,19 @@ class TestTensorBoard:
             assert expected.resolve() == (folder / "tensorboard").resolve()
         (folder / "tensorboard/events").write_text("curve")
         assert (expected / "events").read_text() == "curve"
+
+    def test_finds_the_events_of_a_run_that_is_not_in_the_folder_of_its_trial(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, manager: Manager
+    ) -> None:
+        folder, expected = self.trial(tmp_path, monkeypatch)
+        # As trials/rank_correlation.py, below the current directory.
+        monkeypatch.chdir(tmp_path)
+        for _ in range(2):  # the second time after somebody has removed the run
+            Reporter(Path("runs/elsewhere"), quiet=True)
+            (tmp_path / "runs/elsewhere/tensorboard/events").write_text("curve")
+            assert (expected / "events").read_text() == "curve"
+            shutil.rmtree(tmp_path / "runs")
+        assert not folder.exists()
 
     def test_folders_of_others_are_left_alone(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, manager: Manager

@@ -17,6 +17,7 @@ from tests.resuming import (
     complete,
     differences,
     kill_at,
+    kill_in_the_ranking,
     kill_in_the_writing_of,
     left_behind,
     start,
@@ -111,6 +112,20 @@ def test_killed_runs_end_as_those_that_are_not(
             if name in left:
                 left[name] = {key: value for key, value in left[name].items() if key != "data"}
     assert differences(found, expected) == []
+
+
+def test_a_search_that_is_killed_in_its_ranking_ranks_anew(tmp_path: Path, uninterrupted: Uninterrupted) -> None:
+    """Once where the ranking follows on the last epoch, and once where there is nothing left to train before it."""
+    results = ("child.json", "child.safetensors", "history.json")
+    expected = uninterrupted["cream"]
+    assert len(expected["child.json"]["runners_up"]) == 2
+    for path in (2, 3):
+        kill_in_the_ranking(path, tmp_path)
+        assert not [name for name in results if (tmp_path / name).exists()]
+        assert stopped(tmp_path)["epoch_progress"]["current"]["processed"] == 3
+    assert differences(left_behind(complete("cream", tmp_path)), expected) == []
+    for name in results:
+        assert (tmp_path / name).read_bytes() == (uninterrupted.folder / "cream" / name).read_bytes()
 
 
 @pytest.mark.parametrize("kind", ["cream", "darts"])

@@ -19,6 +19,7 @@ from nni_cream.plots.style import (
     epochs_below,
     inches,
     keep_limits,
+    limits_of,
     name_ends,
     our_style,
 )
@@ -49,7 +50,7 @@ def draw_board(
         epochs: from the number of an epoch to the board after it; empty ones are of the warm-up.
         ranking: the paths that were ranked in the end, the best first. The first of them have a colour, and the
             first ten their rank.
-        budget: the least and the most cost that was asked for.
+        budget: the least and the most cost that was asked for; a least one of 0 is no limit.
         costs: what the budget counts.
 
     Returns:
@@ -81,7 +82,7 @@ def draw_board(
                 epoch, score = lives[path][-1][-1]
                 ends[scores].append((epoch, score, f"rank {rank + 1}", colour))
                 ends[below].append((epoch + _HALF, cost_of[path], f"rank {rank + 1}", colour))
-        for limit in sorted({*budget}):
+        for limit in limits_of(budget):
             below.axhline(limit / costs.scale, color=QUIET, linewidth=1, linestyle=(0, (4, 3)), gid="budget")
         scores.set_title("Paths on the board", fontsize=TITLE_SIZE, pad=8)
         scores.set_ylabel("score (% right)")

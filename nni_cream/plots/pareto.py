@@ -22,7 +22,9 @@ from nni_cream.plots.style import (
     CostAxis,
     inches,
     keep_limits,
+    limits_of,
     our_style,
+    widened,
 )
 
 # Inches.
@@ -65,7 +67,7 @@ def draw_pareto(paths: Sequence[Measured], budget: tuple[float, float], images: 
 
     Args:
         paths: in the order of their ranks, the best first.
-        budget: the least and the most cost that was asked for.
+        budget: the least and the most cost that was asked for; a least one of 0 is no limit.
         images: how many the accuracies were measured on, from which their standard errors follow.
         costs: what the budget counts.
 
@@ -106,7 +108,7 @@ def draw_pareto(paths: Sequence[Measured], budget: tuple[float, float], images: 
                     zorder=3,
                     gid=name,
                 )
-        for limit in sorted({*budget}):
+        for limit in limits_of(budget):
             axes.axvline(limit / costs.scale, color=QUIET, linewidth=1, linestyle=(0, (4, 3)), gid="budget")
         axes.set_xlabel(f"{costs.words} ({costs.unit}; dashed: the budget)")
         axes.set_ylabel("right answers (% of held-out images)")
@@ -120,7 +122,8 @@ def draw_pareto(paths: Sequence[Measured], budget: tuple[float, float], images: 
             handletextpad=0.4,
             columnspacing=1.6,
         )
-        axes.set_xlim(axes.get_xlim())
+        axes.set_xlim(widened(*axes.get_xlim()))
+        axes.ticklabel_format(axis="x", style="plain", useOffset=False)
         keep_limits(axes)
         _write_ranks(axes, [_point(path, costs) for path in paths])
     return figure

@@ -180,15 +180,23 @@ def _beside(axes: Axes) -> Any:
     return axes.transAxes + ScaledTranslation(14 / 72, 0, figure.dpi_scale_trans)
 
 
-def keep_limits(axes: Axes) -> None:
-    """Let the y axis stay as it is, with plain numbers.
+def limits_of(budget: tuple[float, float]) -> list[float]:
+    """Return the limits that a budget, the least and the most cost, sets; a least cost of 0 is none."""
+    return sorted({*budget} - {0})
 
-    Where values hardly differ it spans a five-hundredth of them, so that the numbers have few digits and noise does not
-    look like more.
+
+def widened(low: float, high: float) -> tuple[float, float]:
+    """Return the ends of an axis, at least a five-hundredth of its values apart.
+
+    So where values hardly differ the numbers beside the axis have few digits, and noise does not look like more.
     """
-    low, high = axes.get_ylim()
     missing = max(0.0, max(abs(low), abs(high)) / 500 - (high - low))
-    axes.set_ylim(low - missing / 2, high + missing / 2)
+    return low - missing / 2, high + missing / 2
+
+
+def keep_limits(axes: Axes) -> None:
+    """Let the y axis stay as it is, but :func:`widened`, with plain numbers."""
+    axes.set_ylim(widened(*axes.get_ylim()))
     axes.yaxis.set_major_formatter(StrMethodFormatter("{x:.6g}"))
 
 

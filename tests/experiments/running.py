@@ -120,7 +120,7 @@ def running(config: Path) -> Iterator[Running]:
         yield experiment
     except AssertionError:
         # pytest shows what a failed test has printed.
-        below = config.parent / "runs" / experiment.identity
+        below = Path(yaml.safe_load(config.read_text())["experimentWorkingDirectory"]) / experiment.identity
         logs = [*below.glob("log/*.log"), *below.glob("environments/*/trials/*/trial.*")]
         for log in sorted(logs):
             print(f"{log}:", *(line[:300] for line in log.read_text().splitlines()[-30:]), sep="\n")

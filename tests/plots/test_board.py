@@ -67,6 +67,13 @@ def test_costs_are_milliseconds_where_the_budget_is_time() -> None:
     assert_readable(figure)
 
 
+def test_a_least_cost_of_zero_is_no_limit() -> None:
+    figure = draw_board(EPOCHS, RANKING, (0, 4_000_000))
+    assert [points[0][1] for points in points_of(figure, "budget")] == [4.0]
+    assert 2 < figure.axes[1].get_ylim()[0] < 2.6
+    assert_readable(figure)
+
+
 def test_without_a_warm_up_there_is_no_mark() -> None:
     figure = draw_board({epoch: EPOCHS[epoch] for epoch in (3, 4, 5)}, RANKING, BUDGET)
     assert not figure.axes[0].patches

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import statistics
 
 import pytest
 from hypothesis import given
@@ -54,6 +55,20 @@ def test_points_are_accuracy_against_milliseconds_where_the_budget_is_time() -> 
     assert [points[0][0] for points in points_of(figure, "errors")] == [1.5, 1.25, 1.375]
     assert figure.axes[0].get_xlabel() == "predicted time of a batch (ms; dashed: the budget)"
     assert_readable(figure)
+
+
+@pytest.mark.parametrize("most", [1.6, 1.5001])
+def test_a_least_cost_of_zero_is_no_limit(most: float) -> None:
+    paths = [Measured(0.95, 1.5), Measured(0.9, 1.4998), Measured(0.85, 1.4999)]
+    figure = draw_pareto(paths, (0, most), 400, TIME)
+    assert [points[0][0] for points in points_of(figure, "budget")] == [most]
+    left, right = figure.axes[0].get_xlim()
+    # The paths are not pushed to one end, and the numbers below are whole ones, not differences to another.
+    assert 1.45 < left < 1.4998
+    assert most < right < 1.65
+    assert_readable(figure)
+    numbers = [float(label.get_text()) for label in figure.axes[0].get_xticklabels()]
+    assert 1.45 < statistics.median(numbers) < 1.65
 
 
 def test_errors_are_those_of_shares() -> None:
