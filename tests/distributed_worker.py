@@ -169,12 +169,10 @@ def trainer(epochs: int, watcher: Watcher) -> Any:
 
 def run(strategy: Any, space: Any, epochs: int, size: int) -> tuple[Any, dict[str, Any]]:
     watcher, reports = Watcher(), []
-    # A step of DARTS exchanges much, which takes two processes seconds.
-    batches = 2 if isinstance(strategy, DartsStrategy) else 4
     evaluator = Lightning(
         ImageClassifier(CLASSES, SGD, SCHEDULE),
         trainer(epochs, watcher),
-        train_dataloaders=training_loader(labelled_images(batches * BATCH, 3, size)),
+        train_dataloaders=training_loader(labelled_images(4 * BATCH, 3, size)),
         val_dataloaders=(training_loader if isinstance(strategy, DartsStrategy) else measuring_loader)(
             labelled_images(2 * BATCH + 3, 4, size)
         ),
