@@ -21,6 +21,7 @@ from nni.runtime.trial_command_channel import TrialCommandChannel, set_default_t
 from nni.tools.package_utils.tuner_factory import create_builtin_class_instance
 from nni.typehint import ParameterRecord
 
+from nni_cream import evaluate, rank_correlation, retrain, search, search_darts, timing
 from nni_cream.data import DataSplits, load_data
 from nni_cream.recipe import CreamRecipe, DartsRecipe, RetrainRecipe
 from nni_cream.recipe_files import dotted_keys
@@ -36,6 +37,8 @@ RECIPES: dict[str, Any] = {
 # What a trial takes besides settings of its recipe.
 MORE = {"rank_correlation.py": {"path"}}
 CLASSES = {"cifar10": 10, "imagenet": 1000}
+# All of them: one that is imported later would take over what stands in the place of the function, and keep it.
+USERS_OF_IMAGES = (search, search_darts, retrain, rank_correlation, evaluate, timing)
 
 
 class Built(Exception):
@@ -114,8 +117,8 @@ class TestExperiment:
             names = map(str, range(CLASSES.get(data.name, splits.num_classes)))
             return dataclasses.replace(splits, class_names=tuple(names))
 
-        for module in ("search", "search_darts", "retrain"):
-            monkeypatch.setattr(f"nni_cream.{module}.load_splits", images)
+        for module in USERS_OF_IMAGES:
+            monkeypatch.setattr(module, "load_splits", images)
 
         def stop(*_: Any, **__: Any) -> None:
             raise Built
