@@ -348,6 +348,7 @@ class TestWhatASearchIsGiven:
             "flops_target": 2.5,
             "flops_weight": 3.0,
             "execution": "textbook",
+            "cuda_graphs": False,
         }
         taken = {}
 

@@ -126,6 +126,7 @@ SETTINGS = {
         "darts.flops_target": NUMBERS | st.just(0),
         "darts.flops_weight": NUMBERS | st.just(0),
         "darts.execution": WORDS,
+        "darts.cuda_graphs": SWITCHES,
         "darts.eigenvalue": WORDS | st.just(True),
     },
     "retrain_child": {
