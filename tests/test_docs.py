@@ -26,10 +26,12 @@ def programs_in(document: str) -> list[str]:
 
 PROGRAMS = programs_in("nni.md")
 FILES = programs_in("export.md")
+TIMES = programs_in("latency.md")
 LESS = {
     '"mnist5k"': '"digits"',
     "max_epochs=30": "max_epochs=2",
     "warmup_epochs=10": "warmup_epochs=1",
+    "min_run_time=5": "min_run_time=0.01",
     '{"epochs": 30}': '{"epochs": 2, "data.name": "digits", "cream.warmup_epochs": 1}',
 }
 
@@ -107,5 +109,16 @@ def test_onnx_without_this_package(found: Path) -> None:
     torch.testing.assert_close(torch.tensor(np.load(found / "logits.npy")), expected, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
+def test_the_time_of_what_was_found(found: Path) -> None:
+    (found / "runs/cream_mnist5k").rename(found / "runs/elpv_fast")
+    check = """
+assert 0 < measured.median < 10
+assert network(images).shape == (1, 10)
+assert {tensor.item() for name, tensor in network.state_dict().items() if name.endswith("num_batches_tracked")} == {1}
+"""
+    run(TIMES[0], check, found)
+
+
 def test_there_are_no_other_programs() -> None:
-    assert (len(PROGRAMS), len(FILES)) == (2, 2)
+    assert (len(PROGRAMS), len(FILES), len(TIMES)) == (2, 2, 1)
