@@ -101,15 +101,19 @@ class Recorded:
         if self._recorder.refused is not None:
             return self._function(*inputs)
         self._calls += 1
-        if self._calls <= WARM_UP:
-            return self._watched(*inputs)
         form = [(tensor.shape, tensor.stride(), tensor.dtype, tensor.device) for tensor in inputs]
+        if self._calls <= WARM_UP:
+            self._form = form
+            return self._watched(*inputs)
         addresses = [0 if tensor is None else tensor.data_ptr() for tensor in self._state()]
-        if self._replay is None or addresses != self._addresses:
-            self._form, self._addresses = form, addresses
-            return self._record(*inputs)
+        moved = self._replay is None or addresses != self._addresses
         if form != self._form:
+            # What comes twice in a row is no smaller batch at the end of an epoch.
+            self._form = form if moved else self._form
             return self._function(*inputs)
+        if moved:
+            self._addresses = addresses
+            return self._record(*inputs)
         return self._replayed(*inputs)
 
     def _replayed(self, *inputs: Tensor) -> Outputs:

@@ -50,8 +50,8 @@ class TestRecorded:
             given = torch.full((3,), float(number), device=device), torch.ones((), device=device)
             assert numbers(call(*given)) == [3 * number + 1, total, None]
         if stand_in is None:
-            # Recording is a call of Python's, which does nothing.
-            assert function.calls == WARM_UP + 1
+            # Python runs for a recording, and for the call that it is compared with.
+            assert function.calls == WARM_UP + 2
         else:
             assert (stand_in.recordings, stand_in.replays) == (1, 7 - WARM_UP)
 
@@ -62,7 +62,18 @@ class TestRecorded:
             total += length
             assert numbers(call(torch.ones(length, device=device))) == [length, total, None]
         if stand_in is None:
-            assert function.calls == WARM_UP + 1 + 2
+            assert function.calls == WARM_UP + 2 + 2
+        else:
+            assert (stand_in.recordings, stand_in.replays) == (1, 3)
+
+    def test_a_smaller_batch_is_not_what_is_recorded(self, device: str) -> None:
+        function, call, stand_in = recorded(device)
+        total = 0.0
+        for length in (*[3] * WARM_UP, 2, 3, 3, 3, 2, 3):
+            total += length
+            assert numbers(call(torch.ones(length, device=device))) == [length, total, None]
+        if stand_in is None:
+            assert function.calls == WARM_UP + 2 + 2 + 1
         else:
             assert (stand_in.recordings, stand_in.replays) == (1, 3)
 

@@ -125,7 +125,6 @@ class DartsLightningModule(BaseOneShotLightningModule):
         self._weight_names: list[str] = []
         self._weights: list[Tensor] = []
         self._last_for_alpha: Batch | None = None
-        self._recorder: Recorder | None = None
         self._recorded: dict[str, Recorded] = {}
         self._train_loss, self._train_accuracy, self._alpha_loss = StepMean(), StepMean(), StepMean()
         self._correct = SumMetric()
@@ -178,15 +177,12 @@ class DartsLightningModule(BaseOneShotLightningModule):
             )
         if self.settings.order == "second":
             hypergradient.sgd_step(self._weight_optimizer(), self._weights)
-        if self.settings.cuda_graphs and self.device.type == "cuda" and processes() == 1 and not self._scales_loss():
+        can_be_recorded = self.device.type == "cuda" and processes() == 1 and self.trainer.precision != "16-mixed"
+        if self.settings.cuda_graphs and can_be_recorded:
             self.record_steps(Recorder())
-
-    def _scales_loss(self) -> bool:
-        return getattr(self.trainer.precision_plugin, "scaler", None) is not None
 
     def record_steps(self, recorder: Recorder) -> None:
         """Record both halves of a step after a few steps, and replay them from then on."""
-        self._recorder = recorder
         self._recorded = {
             "α": Recorded(self._hypergradient_of, self._state_of_a_step, recorder),
             "weights": Recorded(self._gradients_of, self._state_of_a_step, recorder),
@@ -413,7 +409,7 @@ class DartsLightningModule(BaseOneShotLightningModule):
     def on_train_end(self) -> None:
         """Give back the memory of recorded steps, in which the weights are where they were during the training."""
         super().on_train_end()
-        self._recorded, self._recorder = {}, None
+        self._recorded = {}
 
     def _end_if_it_collapses(self) -> None:
         settings, normal = self.settings, self.cells().get("normal")
