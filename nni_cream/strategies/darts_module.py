@@ -31,7 +31,7 @@ from nni_cream.hypergradient import Hypergradient
 from nni_cream.launching import refuse_other_strategies
 from nni_cream.supernet.alphas import Alphas
 from nni_cream.supernet.expected_cost import ExpectedCost
-from nni_cream.supernet.functional import pure_loss
+from nni_cream.supernet.functional import has_tied_parameters, pure_loss
 from nni_cream.supernet.mixed_cell import MixedCell
 from nni_cream.training import loss_scale
 
@@ -124,6 +124,7 @@ class DartsLightningModule(BaseOneShotLightningModule):
         self._alpha_names = [f"alphas.{name}" for name, _ in alphas.named_parameters()]
         self._weight_names: list[str] = []
         self._weights: list[Tensor] = []
+        self._tied = True
         self._last_for_alpha: Batch | None = None
         self._recorded: dict[str, Recorded] = {}
         self._train_loss, self._train_accuracy, self._alpha_loss = StepMean(), StepMean(), StepMean()
@@ -136,6 +137,7 @@ class DartsLightningModule(BaseOneShotLightningModule):
         named = {f"training_module.{name}": p for name, p in self.training_module.named_parameters()}
         self._weight_names = [name for name, parameter in named.items() if parameter.requires_grad]
         self._weights = [named[name] for name in self._weight_names]
+        self._tied = has_tied_parameters(self)
 
     # The step.
 
@@ -301,7 +303,7 @@ class DartsLightningModule(BaseOneShotLightningModule):
         """Return the loss on ``batch`` as a function of (weights, alphas), which changes nothing in the supernet."""
         images, targets = batch
         names = (self._weight_names, self._alpha_names)
-        return pure_loss(self, names, lambda logits: self._criterion(logits, targets), images)
+        return pure_loss(self, names, lambda logits: self._criterion(logits, targets), images, self._tied)
 
     def _criterion(self, logits: Tensor, targets: Tensor) -> Tensor:
         return F.cross_entropy(logits, targets, label_smoothing=self.settings.label_smoothing)

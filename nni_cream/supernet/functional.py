@@ -14,11 +14,18 @@ from nni_cream.supernet.batch_norm import batch_statistics
 from nni_cream.supernet.synchronised import synchronised
 
 
+def has_tied_parameters(network: nn.Module) -> bool:
+    """Tell whether a parameter or buffer of ``network`` has several names."""
+    lists = (network.named_parameters, network.named_buffers)
+    return any(len(list(each())) != len(list(each(remove_duplicate=False))) for each in lists)
+
+
 def pure_loss(
     network: nn.Module,
     names: Sequence[Sequence[str]],
     criterion: Callable[[Tensor], Tensor],
     images: Tensor,
+    tied: bool = True,
 ) -> Callable[..., Tensor]:
     """Return the loss of one batch as a function of groups of parameters.
 
@@ -34,6 +41,7 @@ def pure_loss(
         names: for every argument of the function, the names of the parameters in it.
         criterion: maps the network's output to a scalar.
         images: the network's input.
+        tied: whether a parameter may have several names, which are then looked for at every call.
     """
     devices = [images.device] if images.is_cuda else []
 
@@ -51,7 +59,7 @@ def pure_loss(
             synchronised(),
             torch.autocast(images.device.type, enabled=False),
         ):
-            (mean,) = reduce(criterion(functional_call(network, given, (images,))) / processes())
+            (mean,) = reduce(criterion(functional_call(network, given, (images,), tie_weights=tied)) / processes())
             return mean
 
     return loss

@@ -2,6 +2,7 @@
 
 The sum is that of :class:`nni_cream.supernet.mixed_cell.MixedCell`, in another order:
 
+- the cell's two inputs are there from the start and of one size, so their edges run together;
 - what does not depend on the edge (the ReLU and the pools of a state) is computed once;
 - the depthwise convolutions of one kind are one convolution for all edges, channels last;
 - a batch norm's statistics follow from the moments of the input of the pointwise convolution before it, so that norm
@@ -14,6 +15,7 @@ The sum is that of :class:`nni_cream.supernet.mixed_cell.MixedCell`, in another 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any, Final, NamedTuple
 
@@ -26,9 +28,12 @@ from nni_cream.models.operations import DilConv
 from nni_cream.supernet.depthwise import DepthwiseConv2d, convolve
 from nni_cream.supernet.mixed import MixingWeights
 from nni_cream.supernet.mixed_cell import MixedCell
-from nni_cream.supernet.pointwise import joined, moments, products
-from nni_cream.supernet.synchronised import averages, sharers
+from nni_cream.supernet.pointwise import joined, moments, normalised, products, spread
+from nni_cream.supernet.synchronised import sharers
 
+# Bytes of an array that holds what two states send to every node; above, it is more than caches hold, and each state
+# goes by itself. Measured on CPUs.
+_LARGEST: Final = 6_000_000
 _POOLS: Final = (nn.MaxPool2d, nn.AvgPool2d)
 _LAYERS_OF_A_STAGE: Final = (nn.ReLU, DepthwiseConv2d, nn.Conv2d, nn.BatchNorm2d)
 
@@ -49,25 +54,31 @@ class Pool(NamedTuple):
 
 
 class Departure(NamedTuple):
-    """What happens to one state on all edges that leave it; keys are columns of α.
+    """What happens to some states, which lie side by side, on all edges that leave them; keys are columns of α.
+
+    All of them are connected to the same nodes. What there is of every edge is ordered by node, then by state.
 
     Attributes:
-        edges: how many there are.
+        states: how many there are.
+        nodes: that they are connected to.
         stride: of the edges.
         identity: columns of identities.
         pools: by column.
         reductions: factorized reductions, one an edge.
         separable: stages of separable convolutions, one after the other.
         others: operations that run as they are, one an edge.
+        alone: the departures of the states one by one, if there are several.
     """
 
-    edges: int
+    states: int
+    nodes: int
     stride: int
     identity: list[int]
     pools: dict[int, Pool]
     reductions: dict[int, tuple[Any, ...]]
     separable: dict[int, list[Stage]]
     others: dict[int, tuple[Any, ...]]
+    alone: tuple[Departure, ...]
 
 
 class Statistics:
@@ -81,18 +92,17 @@ class Statistics:
         first = norms[0]
         self.of_batch: bool = first.training or first.running_mean is None
         self.eps: float = first.eps
-        self._momentum = first.momentum if first.training and first.track_running_stats else None
+        self._remembers: bool = first.training and first.track_running_stats
+        self._momentum: float = first.momentum
         self._seen: list[tuple[Sequence[Any], Tensor, Tensor, int]] = []
 
-    def choose(self, norms: Sequence[Any], mean: Tensor, variance: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        """Return mean and variance to normalise with, given those of the batch ([norms or 1, channels]).
+    def saw(self, norms: Sequence[Any], mean: Tensor, variance: Tensor, count: int) -> None:
+        """Note mean and variance of the batch, [norms, channels], where norms may have several dimensions.
 
         The batch may be divided among processes, each with ``count`` values a channel.
         """
-        count *= sharers()
-        shape = (len(norms), mean.shape[-1])
-        self._seen.append((norms, mean.detach().expand(shape), variance.detach().expand(shape), count))
-        return mean, variance
+        if self._remembers:
+            self._seen.append((norms, mean.detach(), variance.detach(), count * sharers()))
 
     def running(self, norms: Sequence[Any]) -> tuple[Tensor, Tensor]:
         """Return the running mean and variance, [norms, channels]."""
@@ -100,16 +110,16 @@ class Statistics:
 
     def remember(self) -> None:
         """Move the running statistics, as batch norms in training do."""
-        if self._momentum is None or not self._seen:
+        if not self._seen:
             return
         buffers: list[Tensor] = []
         targets: list[Tensor] = []
         counters: list[Tensor] = []
         for norms, mean, variance, count in self._seen:
             buffers += [norm.running_mean for norm in norms]
-            targets += mean.unbind()
+            targets += mean.flatten(0, -2).unbind()
             buffers += [norm.running_var for norm in norms]
-            targets += (variance * (count / (count - 1))).unbind()
+            targets += (variance * (count / (count - 1))).flatten(0, -2).unbind()
             counters += [norm.num_batches_tracked for norm in norms]
         with torch.no_grad():
             torch._foreach_lerp_(buffers, targets, self._momentum)
@@ -132,10 +142,15 @@ class FusedCell(MixedCell):
 
     def __init__(self, cell: Any, weights: MixingWeights, skip_limit: int | None) -> None:
         super().__init__(cell, weights, skip_limit)
-        edges = edges_of(self.nodes)
-        rows_of = [[row for row, (_, state) in enumerate(edges) if state == s] for s in range(self.nodes + 1)]
+        row_of = {edge: row for row, edge in enumerate(edges_of(self.nodes))}
+        together = [tuple(range(CELL_INPUTS)), *((state,) for state in range(CELL_INPUTS, self.nodes + 1))]
+        last = CELL_INPUTS + self.nodes
+        rows_of = [
+            [row_of[node, s] for node in range(max(CELL_INPUTS, states[0] + 1), last) for s in states]
+            for states in together
+        ]
         # In a tuple, so that the modules in it are not registered a second time.
-        self._departures = tuple(self._plan(rows, state) for state, rows in enumerate(rows_of))
+        self._departures = tuple(self._plan(*pair) for pair in zip(together, rows_of, strict=True))
         self._order = [row for rows in rows_of for row in rows]
         self._fan_out = [len(rows) for rows in rows_of]
         self._norms = tuple(m for m in self.edges.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
@@ -144,28 +159,31 @@ class FusedCell(MixedCell):
         """Map the outputs of the two cells before, [N, C₀, H₀, W₀] and [N, C₁, H, W], to the cell's own."""
         if not self._can_run_fused(last):
             return super().forward(before_last, last)
-        # [edges, operations] to [operations, edges], edges in the order of the states that they leave.
+        # [edges, operations] to [operations, edges], edges in the order of the departures.
         # Indexing by numbers of the host would wait for a GPU, and could not be recorded.
         rows = self._weights().unbind()
         mixing = torch.stack([rows[row] for row in self._order], dim=1).split(self._fan_out, dim=1)
         statistics = Statistics(self._norms) if self._norms else None
-        states = [self.preprocess0(before_last), self.preprocess1(last)]
-        channels = states[0].shape[1]
-        pending: Any = None
-        for position, departure in enumerate(self._departures):
-            joint = _depart(departure, states[position], mixing[position], statistics)
-            pending = joint if pending is None else pending + joint
-            if position >= CELL_INPUTS - 1:
-                # The next node has all its edges now.
-                states.append(pending[:, :channels])
-                pending = pending[:, channels:]
+        state = torch.cat([self.preprocess0(before_last), self.preprocess1(last)], dim=1)
+        nodes: list[Tensor] = []
+        pending: Tensor | None = None
+        for departure, weights in zip(self._departures, mixing, strict=True):
+            pending = _depart(departure, state, weights, statistics, pending)
+            images, channels, height, width = state.shape
+            channels //= departure.states
+            # The next node has all its edges now.
+            node, pending = pending.split([channels, pending.shape[1] - channels], dim=1)
+            state = _maps(node, images, height // departure.stride, width // departure.stride)
+            nodes.append(state)
         if statistics is not None:
             statistics.remember()
-        return torch.cat(states[-self.concat :], dim=1)
+        return torch.cat(nodes[-self.concat :], dim=1)
 
-    def _plan(self, rows: Sequence[int], state: int) -> Departure:
-        stride = 2 if self.kind == "reduce" and state < CELL_INPUTS else 1
-        departure = Departure(len(rows), stride, [], {}, {}, {}, {})
+    def _plan(self, states: Sequence[int], rows: Sequence[int]) -> Departure:
+        stride = 2 if self.kind == "reduce" and states[0] < CELL_INPUTS else 1
+        number = len(states)
+        alone = tuple(self._plan([s], rows[i::number]) for i, s in enumerate(states)) if number > 1 else ()
+        departure = Departure(number, len(rows) // number, stride, [], {}, {}, {}, {}, alone)
         for column, name in enumerate(self.operations):
             operations = tuple(self.edges[row][name] for row in rows)
             types = {type(operation) for operation in operations}
@@ -211,36 +229,56 @@ def _has_stages(layers: Any) -> bool:
     return tuple(type(layer) for layer in layers) == expected and all(_is_plain(norm) for norm in layers[3::4])
 
 
-def _depart(departure: Departure, state: Tensor, mixing: Tensor, statistics: Any) -> Tensor:
-    """Return what all edges of a state make of it, joined: [N, edges · C, H, W]."""
+def _depart(departure: Departure, state: Tensor, mixing: Tensor, statistics: Any, before: Tensor | None) -> Tensor:
+    """Return what the edges that leave some states bring to every node, as a matrix [N·H·W, nodes · C].
+
+    Args:
+        departure: the edges.
+        state: the states side by side, [N, states · C, H, W].
+        mixing: [operations, edges].
+        statistics: of the norms.
+        before: what other edges have brought there; None for nothing.
+    """
+    nodes, stride = departure.nodes, departure.stride
+    channels = state.shape[1] // departure.states
+    if departure.alone and nodes * state.numel() * state.element_size() > _LARGEST:
+        for position, (part, single) in enumerate(zip(state.split(channels, dim=1), departure.alone, strict=True)):
+            before = _depart(single, part, mixing[:, position :: departure.states], statistics, before)
+        assert before is not None
+        return before
     state = state.contiguous(memory_format=torch.channels_last)
-    edges, stride = departure.edges, departure.stride
-    images, channels, height, width = state.shape
     active = state.relu()
+    rows = mixing.unbind()
     biases: list[Tensor] = []
     pairs: list[tuple[Tensor, Tensor]] = []
     if departure.identity or departure.pools:
-        pair, bias = _shared(departure, state, mixing, statistics)
+        pair, bias = _shared(departure, state, rows, statistics)
         pairs.append(pair)
         biases += bias
     for column, operations in departure.reductions.items():
-        pair, offset = _reduce(operations, active, mixing[column], statistics)
-        pairs.append(pair)
-        biases.append(offset)
+        for position, part in enumerate(active.split(channels, dim=1)):
+            leaving = slice(position, None, departure.states)
+            pair, offset = _reduce(operations[leaving], part, rows[column][leaving], statistics)
+            pairs.append(pair)
+            biases.append(offset)
     if departure.separable:
-        separable, offset = _separate(departure, active, mixing, statistics)
+        separable, offset = _separate(departure, active, rows, statistics)
         pairs += separable
         biases.append(offset)
-    total = None
+    total = before
     if pairs:
-        bias = torch.stack(biases).sum(0) if biases else state.new_zeros(edges * channels)
-        total = _maps(products(bias, *pairs), images, height // stride, width // stride)
+        bias = torch.stack(biases).sum(0) if biases else state.new_zeros(nodes * channels)
+        total = products(bias, *pairs, total=before)
     for column, operations in departure.others.items():
-        weighted = [weight * op(state) for weight, op in zip(mixing[column], operations, strict=True)]
-        own = torch.cat(weighted, dim=1)
+        parts = state.split(channels, dim=1) * nodes
+        weighted = [w * op(part) for w, op, part in zip(rows[column].unbind(), operations, parts, strict=True)]
+        firsts = range(0, len(weighted), departure.states)
+        sums = [functools.reduce(torch.add, weighted[i : i + departure.states]) for i in firsts]
+        own = _matrix(torch.cat(sums, dim=1))
         total = own if total is None else total + own
     if total is None:
-        total = state.new_zeros(images, edges * channels, height // stride, width // stride)
+        images, _, height, width = state.shape
+        total = state.new_zeros(images * (height // stride) * (width // stride), nodes * channels)
     return total
 
 
@@ -253,29 +291,35 @@ def _maps(matrix: Tensor, images: int, height: int, width: int) -> Tensor:
     return matrix.view(images, height, width, -1).permute(0, 3, 1, 2)
 
 
-def _shared(departure: Departure, state: Tensor, mixing: Tensor, statistics: Any) -> Any:
-    """Identities and pools: one feature map for all edges, which scale its channels."""
-    maps, scales, biases = [], [], []
-    edges, channels = departure.edges, state.shape[1]
-    for column in departure.identity:
-        maps.append(_matrix(state))
-        scales.append(mixing[column, :, None].expand(edges, channels))
-    for column, (pool, norms) in departure.pools.items():
-        pooled = _matrix(pool(state))
+def _shared(departure: Departure, state: Tensor, mixing: Sequence[Tensor], statistics: Any) -> Any:
+    """Identities and pools: feature maps for all edges, which scale their channels."""
+    states, nodes = departure.states, departure.nodes
+    channels = state.shape[1] // states
+    unchanged, pools = len(departure.identity), departure.pools.values()
+    maps = torch.cat([*[_matrix(state)] * unchanged, *(_matrix(pool.pool(state)) for pool in pools)], dim=1)
+    shape = (-1, nodes, states, channels)
+    scales = [mixing[column].view(1, nodes, states, 1).expand(shape) for column in departure.identity]
+    biases = []
+    if pools:
+        norms = [norm for pool in pools for norm in pool.norms]
         if statistics.of_batch:
-            (mean,) = averages(pooled.mean(0, keepdim=True))
-            (variance,) = averages((pooled - mean).square().mean(0, keepdim=True))
-            mean, variance = statistics.choose(norms, mean, variance, len(pooled))
+            # Of all maps: that is less work than to part them.
+            maps, *moments = spread(maps)
+            mean, variance = (
+                each.view(-1, 1, states, channels)[unchanged:].expand(-1, nodes, -1, -1) for each in moments
+            )
+            statistics.saw(norms, mean, variance, len(maps))
         else:
-            mean, variance = statistics.running(norms)
-        scale = mixing[column, :, None] * (variance + statistics.eps).rsqrt()
-        maps.append(pooled)
+            mean, variance = (each.view(shape) for each in statistics.running(norms))
+        weights = torch.stack([mixing[column] for column in departure.pools]).view(-1, nodes, states, 1)
+        scale = weights * (variance + statistics.eps).rsqrt()
         scales.append(scale)
-        biases.append(-(scale * mean).flatten())
-    diagonal = torch.stack(scales).transpose(1, 2)[..., None]
+        biases.append(-(scale * mean).sum((0, 2)).flatten())
+    # [maps, nodes, states, channels] to a diagonal of channels for every map, state and node.
+    diagonal = torch.cat(scales).permute(0, 2, 3, 1)[..., None]
     identity = torch.eye(channels, dtype=state.dtype, device=state.device)
-    weight = (diagonal * identity[:, None, :]).reshape(1, -1, edges * channels)
-    return (torch.cat(maps, dim=1), weight), biases
+    weight = (diagonal * identity[:, None, :]).reshape(1, -1, nodes * channels)
+    return (maps, weight), biases
 
 
 def _reduce(operations: Sequence[Any], active: Tensor, mixing: Tensor, statistics: Any) -> Any:
@@ -292,24 +336,26 @@ def _reduce(operations: Sequence[Any], active: Tensor, mixing: Tensor, statistic
     return (matrix, scaled.transpose(0, 1).reshape(1, matrix.shape[1], -1)), bias.flatten()
 
 
-def _separate(departure: Departure, active: Tensor, mixing: Tensor, statistics: Any) -> Any:
+def _separate(departure: Departure, active: Tensor, mixing: Sequence[Tensor], statistics: Any) -> Any:
     """Separable convolutions: all of a kind as one, up to the pointwise convolution that ends them."""
-    edges = departure.edges
+    nodes = departure.nodes
+    edges = nodes * departure.states
     repeated: dict[int, Tensor] = {}
     reached: dict[int, Tensor] = {}
     for column, stages in departure.separable.items():
         # A convolution whose taps are as far apart as its outputs sees no other pixels.
         step = departure.stride if _skips_pixels(stages[0].depthwise[0]) else 1
         if step not in repeated:
-            repeated[step] = torch.cat([active[:, :, ::step, ::step]] * edges, dim=1)
+            repeated[step] = torch.cat([active[:, :, ::step, ::step]] * nodes, dim=1)
         reached[column] = _convolve(stages[0], repeated[step], step)
     depth = 1
     while deeper := {c: stages for c, stages in departure.separable.items() if len(stages) > depth}:
         ended = [stages[depth - 1] for stages in deeper.values()]
         matrices = [_matrix(reached[column]) for column in deeper]
         matrices, weights, biases = _pointwise(ended, matrices, edges, None, statistics)
-        for position, (column, stages) in enumerate(deeper.items()):
-            between = products(biases[position].flatten(), (matrices[position], joined(weights[position]))).relu_()
+        parts = zip(deeper.items(), matrices, weights.unbind(), biases.flatten(1).unbind(), strict=True)
+        for (column, stages), matrix, weight, bias in parts:
+            between = products(bias, (matrix, joined(weight))).relu_()
             size = reached[column].shape
             reached[column] = _convolve(stages[depth], _maps(between, size[0], *size[2:]))
         depth += 1
@@ -318,8 +364,10 @@ def _separate(departure: Departure, active: Tensor, mixing: Tensor, statistics: 
     matrices, weights, biases = _pointwise(
         ended, matrices, edges, torch.stack([mixing[c] for c in departure.separable]), statistics
     )
-    pairs = [(matrix, joined(weight)) for matrix, weight in zip(matrices, weights, strict=True)]
-    return pairs, biases.sum(0).flatten()
+    # The states of a node become one group, whose sum the product forms.
+    merged = weights.reshape(len(ended), nodes, -1, weights.shape[-1]).unbind()
+    pairs = [(matrix, joined(weight)) for matrix, weight in zip(matrices, merged, strict=True)]
+    return pairs, biases.view(len(ended), nodes, departure.states, -1).sum((0, 2)).flatten()
 
 
 def _skips_pixels(layer: Any) -> bool:
@@ -357,15 +405,12 @@ def _normalised(
         statistics: of the norms.
     """
     if statistics.of_batch:
-        found = [moments(matrix, groups) for matrix in matrices]
-        matrices = [matrix for matrix, _, _ in found]
-        inner_mean, covariance = (torch.cat(parts) for parts in list(zip(*found, strict=True))[1:])
-        mean = (weight @ inner_mean[..., None])[..., 0]
-        # Rounding can make a variance of nothing negative.
-        variance = ((weight @ covariance) * weight).sum(-1).clamp_min(0)
-        mean, variance = statistics.choose(norms, mean, variance, len(matrices[0]))
-    else:
-        mean, variance = statistics.running(norms)
+        matrices, inner_mean, covariance = moments(matrices, groups)
+        mixed = None if mixing is None else mixing.reshape(-1)
+        scaled, bias, mean, variance = normalised(weight, inner_mean, covariance, mixed, statistics.eps)
+        statistics.saw(norms, mean, variance, len(matrices[0]))
+        return matrices, scaled, bias
+    mean, variance = statistics.running(norms)
     scale = (variance + statistics.eps).rsqrt()
     if mixing is not None:
         scale = scale * mixing.reshape(-1, 1)

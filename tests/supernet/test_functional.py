@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nni_cream.supernet.functional import pure_loss
+from nni_cream.supernet.functional import has_tied_parameters, pure_loss
 
 IMAGES = torch.randn(6, 3, 5, 5, generator=torch.Generator().manual_seed(1))
 TARGETS = torch.tensor([0, 1, 2, 0, 1, 2])
@@ -124,3 +124,27 @@ class TestPureLoss:
             pure_loss(layers, (WEIGHTS,), criterion, IMAGES)(*[given] * groups)
         with pytest.raises(ValueError, match="zip"):
             pure_loss(layers, (WEIGHTS,), criterion, IMAGES)(given[:1])
+
+    def test_tied_parameters_change_together(self) -> None:
+        layers = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 3))
+        assert not has_tied_parameters(layers)
+        layers[2].weight = layers[0].weight
+        assert has_tied_parameters(layers)
+        images, weight = torch.eye(3), torch.full((3, 3), 0.5)
+        other = copy.deepcopy(layers)
+        with torch.no_grad():
+            other[0].weight.copy_(weight)
+        loss = pure_loss(layers, (["0.weight"],), torch.sum, images)
+        torch.testing.assert_close(loss([weight]), other(images).sum())
+        # Who says that there are none saves looking for them.
+        alone = pure_loss(layers, (["0.weight"],), torch.sum, images, tied=False)
+        with torch.no_grad():
+            layers[2].weight = nn.Parameter(layers[0].weight.clone())
+            expected = layers[2](layers[1](images @ weight.t() + layers[0].bias)).sum()
+        torch.testing.assert_close(alone([weight]), expected)
+
+    def test_tied_buffers_are_seen(self) -> None:
+        layers = nn.Sequential(nn.BatchNorm1d(3, affine=False), nn.BatchNorm1d(3, affine=False))
+        assert not has_tied_parameters(layers)
+        layers[1].running_mean = layers[0].running_mean
+        assert has_tied_parameters(layers)

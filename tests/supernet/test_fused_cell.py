@@ -15,6 +15,7 @@ from nni_cream.hypergradient import exact, finite_difference, first_order, sgd_s
 from nni_cream.models import darts_operations
 from nni_cream.models.darts_operations import OPERATIONS, PAPER_OPERATIONS
 from nni_cream.strategies.darts import DartsStrategy
+from nni_cream.supernet import fused_cell
 from nni_cream.supernet.batch_norm import batch_statistics, recalibrated
 from nni_cream.supernet.functional import pure_loss
 from nni_cream.supernet.fused_cell import FusedCell
@@ -134,6 +135,35 @@ class TestCell:
         textbook, fused = pair(nodes=1, operations=(operation, "none"))
         textbook.train(training)
         fused.train(training)
+        assert_cells_agree(textbook, fused, position)
+
+    @pytest.mark.parametrize("position", POSITIONS)
+    def test_inputs_too_large_to_go_together(
+        self, position: int, training: bool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        textbook, fused = pair(nodes=2)
+        textbook.train(training)
+        fused.train(training)
+        images = [features.detach() for features in inputs(fused.space.cells[position])]
+        convolve, convolved = fused_cell.convolve, []
+
+        def counted(*arguments: Any) -> Tensor:
+            convolved.append(arguments)
+            return convolve(*arguments)
+
+        monkeypatch.setattr(fused_cell, "convolve", counted)
+        # Four kinds, two of them twice, of both inputs together and of the first node.
+        fused.space.cells[position](*images)
+        assert len(convolved) == 12
+        convolved.clear()
+        monkeypatch.setattr(fused_cell, "_LARGEST", 0)
+        fused.space.cells[position](*images)
+        assert len(convolved) == 18
+        monkeypatch.setattr(fused_cell, "convolve", convolve)
+        for network in (textbook, fused):
+            for norm in network.modules():
+                if isinstance(norm, nn.BatchNorm2d):
+                    norm.reset_running_stats()
         assert_cells_agree(textbook, fused, position)
 
     def test_order_of_operations(self, training: bool) -> None:
