@@ -140,7 +140,11 @@ def finite_difference(
     with _leaves(weights) as variables:
         loss = train_loss(variables, [alpha.detach() for alpha in alphas])
         slopes = torch.autograd.grad(loss, variables, allow_unused=True)
-    unrolled = _unroll(slopes, valid_loss, weights, alphas, step)
+    moved = _moved(weights, slopes, step)
+    learns = [slope is not None for slope in slopes]
+    # Small arrays that were made between large ones, whose memory cannot be given back as long as they are there.
+    del slopes, loss, variables
+    unrolled = _unroll(moved, learns, valid_loss, alphas, step)
     norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(v) for v in unrolled.direction]))
     # Where the validation loss does not depend on the weights there is nothing to differentiate through. Not an if: a
     # GPU would be waited for.
@@ -174,7 +178,8 @@ def exact(
     with _leaves(weights) as variables, _leaves(alphas) as architecture:
         loss = train_loss(variables, architecture)
         slopes = torch.autograd.grad(loss, variables, create_graph=True, allow_unused=True)
-    unrolled = _unroll(slopes, valid_loss, weights, alphas, step)
+    learns = [slope is not None for slope in slopes]
+    unrolled = _unroll(_moved(weights, slopes, step), learns, valid_loss, alphas, step)
     moving = [(s, v) for s, v in zip(slopes, unrolled.direction, strict=True) if s is not None and s.requires_grad]
     if not moving:
         return unrolled.hypergradient(tuple(torch.zeros_like(alpha) for alpha in alphas))
@@ -201,9 +206,8 @@ class _Unrolled:
         return Hypergradient(total, implicit, self.valid_loss)
 
 
-def _unroll(
-    slopes: Sequence[Tensor | None], valid_loss: Loss, weights: Sequence[Tensor], alphas: Sequence[Tensor], step: Step
-) -> _Unrolled:
+def _moved(weights: Sequence[Tensor], slopes: Sequence[Tensor | None], step: Step) -> list[Tensor]:
+    """Return w'."""
     moved = []
     for weight, slope, how in zip(weights, slopes, step, strict=True):
         after = weight.detach()
@@ -213,14 +217,19 @@ def _unroll(
             if how.buffer is not None:
                 after = after - how.drift * how.buffer
         moved.append(after)
+    return moved
+
+
+def _unroll(
+    moved: Sequence[Tensor], learns: Sequence[bool], valid_loss: Loss, alphas: Sequence[Tensor], step: Step
+) -> _Unrolled:
     with _leaves(moved) as variables, _leaves(alphas) as architecture:
         loss = valid_loss(variables, architecture)
         gradients = _gradients(loss, [*variables, *architecture])
     by_weights, direct = gradients[: len(moved)], gradients[len(moved) :]
     # A weight that no step has moved does not depend on α.
     direction = tuple(
-        torch.zeros_like(v) if slope is None else how.scale * v
-        for v, slope, how in zip(by_weights, slopes, step, strict=True)
+        how.scale * v if moves else torch.zeros_like(v) for v, moves, how in zip(by_weights, learns, step, strict=True)
     )
     return _Unrolled(direct, direction, loss.detach())
 
