@@ -229,11 +229,14 @@ class TestWhatASearchLeaves:
     def test_accuracy_is_that_of_the_saved_network(self, found: Search, splits: DataSplits) -> None:
         network = load_checkpoint(found.folder / "child.json").network.eval()
         images, labels = all_of(splits.validation)
-        correct = int((network(images).argmax(-1) == labels).sum())
+        answers = network(images).argmax(-1)
+        correct = int((answers == labels).sum())
         assert len(labels) == 575
         # A tie that another layout in memory decides otherwise is one image.
         assert found.child.accuracy * 575 == pytest.approx(correct, abs=1.01)
-        assert 575 * 0.12 < correct < 575  # better than chance: there is something to compare
+        # Whether it beats chance after so few steps is luck, but its answers vary: there is something to compare.
+        assert len(answers.unique()) > 2
+        assert 0 < correct < 575
 
     @torch.no_grad()
     def test_batch_norms_have_statistics_of_the_child_itself(self, found: Search, splits: DataSplits) -> None:
