@@ -226,17 +226,17 @@ class TestWhatASearchLeaves:
         assert learned == cost.params
 
     @torch.no_grad()
-    def test_accuracy_is_that_of_the_saved_network(self, found: Search, splits: DataSplits) -> None:
+    def test_accuracy_is_that_of_the_saved_network(self, splits: DataSplits, tmp_path: Path) -> None:
+        # Longer than the other one, after whose twelve steps rounding decides whether anything has been learnt.
+        gentle = {"darts": {"alpha_lr": 0.1, "order": "first"}, "optimizer": {**RECIPE["optimizer"], "lr": 0.05}}
+        found = search(tmp_path / "longer", epochs=6, **gentle)
         network = load_checkpoint(found.folder / "child.json").network.eval()
         images, labels = all_of(splits.validation)
-        answers = network(images).argmax(-1)
-        correct = int((answers == labels).sum())
+        correct = int((network(images).argmax(-1) == labels).sum())
         assert len(labels) == 575
         # A tie that another layout in memory decides otherwise is one image.
         assert found.child.accuracy * 575 == pytest.approx(correct, abs=1.01)
-        # Whether it beats chance after so few steps is luck, but its answers vary: there is something to compare.
-        assert len(answers.unique()) > 2
-        assert 0 < correct < 575
+        assert 575 * 0.12 < correct < 575  # better than chance: there is something to compare
 
     @torch.no_grad()
     def test_batch_norms_have_statistics_of_the_child_itself(self, found: Search, splits: DataSplits) -> None:

@@ -69,6 +69,8 @@ def test_trials_train_what_the_command_then_puts_together(tmp_path: Path) -> Non
             run = events.resolve().parent
             assert run.is_relative_to(folder / "paths")
             assert json.loads((run / "result.json").read_text())["network"] == finals[identity]["network"]
+    given = [json.loads(chosen)["parameters"]["path"] for each in trials for chosen in each["hyperParameters"]]
+    assert sorted(given) == [1, 2, 3]
     assert len(trained_by_trials) == PATHS
     assert [file.name for file in folder.iterdir()] == ["paths"]
 
