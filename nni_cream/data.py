@@ -20,10 +20,11 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from PIL import Image
 from timm.data.constants import DEFAULT_CROP_PCT
-from timm.data.transforms import str_to_interp_mode
+from timm.data.transforms import MaybeToTensor, str_to_interp_mode
 from timm.data.transforms_factory import create_transform
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -84,6 +85,7 @@ class LabelledImages(Dataset[tuple[Tensor, int]]):
         self.images = images
         self.indices = indices
         self.transform = transform
+        self._varies, self._normalises = _divided_transform(transform)
 
     @property
     def labels(self) -> NDArray[np.int64]:
@@ -109,13 +111,30 @@ class LabelledImages(Dataset[tuple[Tensor, int]]):
         """The images and labels at ``positions``; loaders ask for a whole batch."""
         seeded = any(isinstance(position, Draw) for position in positions)
         with streams_kept() if seeded else nullcontext():
-            return [self._varied(position) for position in positions]
+            varied = [self._varied(position) for position in positions]
+        pixels = varied if self._normalises is None else _tensors(varied, self._normalises)
+        return list(zip(pixels, self.images.labels[self.indices[list(positions)]].tolist(), strict=True))
 
-    def _varied(self, position: int) -> tuple[Tensor, int]:
+    def _varied(self, position: int) -> Any:
         if isinstance(position, Draw):
             seed_streams(position.seed)
-        index = int(self.indices[position])
-        return self.transform(self.images.rgb(index)), int(self.images.labels[index])
+        return self._varies(self.images.rgb(int(self.indices[position])))
+
+
+def _divided_transform(
+    transform: Transform,
+) -> tuple[Callable[[Image.Image], Any], Callable[[Tensor], Tensor] | None]:
+    """Return what is done to each image, and how the tensors made of them are normalised, if nothing else follows."""
+    steps: list[Any] = getattr(transform, "transforms", [])
+    if [type(step) for step in steps[-2:]] != [MaybeToTensor, transforms.Normalize]:
+        return transform, None
+    return transforms.Compose(steps[:-2]), steps[-1]
+
+
+def _tensors(images: Sequence[Image.Image], normalises: Callable[[Tensor], Tensor]) -> Sequence[Tensor]:
+    """Return what ``MaybeToTensor`` and the norm make of each image; one by one, that takes longer than all else."""
+    pixels = torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2).contiguous()
+    return normalises(pixels.to(torch.get_default_dtype()).div(255)).unbind()
 
 
 @dataclass(frozen=True, eq=False)
@@ -300,9 +319,16 @@ def _transforms(source: Source, augmentation: Augmentation, resolution: int) -> 
         resize = transforms.Resize((resolution, resolution), str_to_interp_mode(prepared["interpolation"]))
         crop = transforms.RandomCrop(resolution, padding)
         training = transforms.Compose([resize, crop, *training.transforms[1:]])
+    # timm's way not to vary colours does nothing, slowly.
+    training = transforms.Compose([step for step in training.transforms if not _keeps_colours(step)])
     if cutout is not None:
         training = transforms.Compose([*training.transforms, Cutout(cutout)])
     return training, create_transform(**prepared)
+
+
+def _keeps_colours(step: Any) -> bool:
+    strengths = ("brightness", "contrast", "saturation", "hue")
+    return isinstance(step, transforms.ColorJitter) and all(getattr(step, name) is None for name in strengths)
 
 
 def preparation(name: str, resolution: int, interpolation: str | None = None) -> dict[str, Any]:

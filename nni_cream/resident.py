@@ -183,7 +183,7 @@ def as_resident(images: LabelledImages, resolution: int, device: torch.device) -
             found["vflip"] = step.p
         elif isinstance(step, Cutout) and position == len(steps) - 1:
             found["cutout"] = step.size
-        elif not _is_fixed(step):
+        elif type(step) not in _FIXED:
             return None
         else:
             fixed.append(step)
@@ -193,10 +193,3 @@ def as_resident(images: LabelledImages, resolution: int, device: torch.device) -
 def _pads_with_black(step: Any, resolution: int) -> bool:
     plain = step.padding_mode == "constant" and step.fill == 0 and not step.pad_if_needed
     return plain and isinstance(step.padding, int) and tuple(step.size) == (resolution, resolution)
-
-
-def _is_fixed(step: Any) -> bool:
-    if isinstance(step, transforms.ColorJitter):
-        # timm's way to do nothing.
-        return not any((step.brightness, step.contrast, step.saturation, step.hue))
-    return type(step) in _FIXED

@@ -59,6 +59,26 @@ class TestVariation:
         other = images[Draw(3, 123456789012346 + 2**40)][0]
         assert (other != first).all()
 
+    @pytest.mark.parametrize(
+        "augmentation",
+        [
+            Augmentation(),
+            Augmentation(scale=(0.5, 1.0), hflip=0.5, color_jitter=0.4),
+            Augmentation(crop_padding=4, cutout=6),
+            Augmentation(re_prob=1.0),
+        ],
+        ids=["shipped", "coloured", "cutout", "erased"],
+    )
+    def test_in_a_batch_is_that_by_the_whole_transform_one_by_one(self, augmentation: Augmentation) -> None:
+        part = load_data("mnist5k", resolution=20, augmentation=augmentation).weights
+        chosen = [Draw(position, 2**40 + position) for position in (3, 0, 7, 3)]
+        found = part.__getitems__(chosen)
+        for draw, (pixels, label) in zip(chosen, found, strict=True):
+            seed_streams(draw.seed)
+            index = int(part.indices[draw])
+            assert torch.equal(pixels, part.transform(part.images.rgb(index)))
+            assert label == part.images.labels[index]
+
     def test_draws_different_numbers_from_the_three_streams(self, images: LabelledImages) -> None:
         """PyTorch and NumPy have the same generator, of which each shows other bits of its numbers."""
         for seed in (5, 2**40 + 3, 2**62 + 7):

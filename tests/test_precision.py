@@ -40,7 +40,7 @@ COMBINATIONS = [
 ]
 # How far what has been learnt may be from the plainest, relative to how far it has moved: weights; α; the matching
 # layer. What moves that layer is a product of two gradients from four images each.
-TOLERANCE = {"32-true": (0.02, 0.02, 0.02), "16-mixed": (0.1, 0.03, 0.2), "bf16-mixed": (0.4, 0.04, 0.9)}
+TOLERANCE = {"32-true": (0.02, 0.02, 0.02), "16-mixed": (0.1, 0.03, 0.1), "bf16-mixed": (0.3, 0.04, 0.5)}
 
 
 class Watch(pl.Callback):
@@ -111,7 +111,7 @@ def cream(combination: tuple[Any, ...], scale: float = SCALE) -> Watch:
     pl.seed_everything(0, verbose=False)
     settings: Any = {"board_size": 3, "board_images": 4, "admission_gap": 100, "warmup_epochs": 0, "meta_interval": 2}
     strategy = CreamStrategy(**settings, recalibration_batches=1, matching_lr=0.1, seed=3)
-    return search(strategy, CreamSpace((1, 1, 1, 1, 1), CLASSES), combination, 32, scale)
+    return search(strategy, CreamSpace((1, 1, 1, 1, 1), CLASSES), combination, 64, scale)
 
 
 def training(combination: tuple[Any, ...], mode: str = "off", **arguments: Any) -> Watch:
@@ -122,7 +122,7 @@ def training(combination: tuple[Any, ...], mode: str = "off", **arguments: Any) 
         network.compile(mode=mode)
     module, watch = make_classifier(execution, **arguments), Watch()
     module.set_model(network)
-    make_trainer(precision, watch).fit(module, make_loader(32))
+    make_trainer(precision, watch).fit(module, make_loader(64))
     return watch
 
 
