@@ -40,6 +40,16 @@ class Images:
     store: NDArray[np.uint8] | tuple[str, ...]
     labels: NDArray[np.int64]
 
+    @property
+    def are_grey(self) -> bool:
+        """Whether no image has colours, and that is known without a look at it."""
+        return isinstance(self.store, np.ndarray) and self.store.ndim == 3
+
+    def grey(self, index: int) -> Image.Image:
+        """The image at ``index``, if :attr:`are_grey`, in 8 bits of grey."""
+        assert isinstance(self.store, np.ndarray)
+        return Image.fromarray(self.store[index])
+
     def rgb(self, index: int) -> Image.Image:
         """The image at ``index`` in RGB.
 

@@ -24,7 +24,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 from timm.data.constants import DEFAULT_CROP_PCT
-from timm.data.transforms import MaybeToTensor, str_to_interp_mode
+from timm.data.transforms import MaybeToTensor, RandomResizedCropAndInterpolation, str_to_interp_mode
 from timm.data.transforms_factory import create_transform
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -50,6 +50,15 @@ _DEFAULT_AUGMENTATION: Final = Augmentation()
 _DEFAULT_FRACTIONS: Final = Fractions()
 _INTERPOLATIONS: Final = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos", "random")
 _RE_MODES: Final = ("const", "rand", "pixel")
+
+_MOVING: Final = (
+    RandomResizedCropAndInterpolation,
+    transforms.CenterCrop,
+    transforms.RandomCrop,
+    transforms.RandomHorizontalFlip,
+    transforms.RandomVerticalFlip,
+    transforms.Resize,
+)
 
 _PROBABILITY: Final = (lambda value: 0 <= value <= 1, "is a probability, from 0 to 1")
 # What timm would take silently, or refuse only in the middle of an epoch. It knows its policies (auto_augment) itself.
@@ -86,6 +95,8 @@ class LabelledImages(Dataset[tuple[Tensor, int]]):
         self.indices = indices
         self.transform = transform
         self._varies, self._normalises = _divided_transform(transform)
+        # What only moves pixels does the same in every channel.
+        self._in_grey = images.are_grey and self._normalises is not None and _only_moves(self._varies)
 
     @property
     def labels(self) -> NDArray[np.int64]:
@@ -118,7 +129,8 @@ class LabelledImages(Dataset[tuple[Tensor, int]]):
     def _varied(self, position: int) -> Any:
         if isinstance(position, Draw):
             seed_streams(position.seed)
-        return self._varies(self.images.rgb(int(self.indices[position])))
+        index = int(self.indices[position])
+        return self._varies(self.images.grey(index) if self._in_grey else self.images.rgb(index))
 
 
 def _divided_transform(
@@ -131,10 +143,16 @@ def _divided_transform(
     return transforms.Compose(steps[:-2]), steps[-1]
 
 
+def _only_moves(transform: Any) -> bool:
+    return all(type(step) in _MOVING for step in transform.transforms)
+
+
 def _tensors(images: Sequence[Image.Image], normalises: Callable[[Tensor], Tensor]) -> Sequence[Tensor]:
-    """Return what ``MaybeToTensor`` and the norm make of each image; one by one, that takes longer than all else."""
-    pixels = torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2).contiguous()
-    return normalises(pixels.to(torch.get_default_dtype()).div(255)).unbind()
+    """Return what ``MaybeToTensor`` and the norm make of images, in RGB; one by one, it takes longer than all else."""
+    pixels = torch.from_numpy(np.stack([np.asarray(image) for image in images]))
+    pixels = pixels[:, None] if pixels.ndim == 3 else pixels.permute(0, 3, 1, 2)
+    scaled = pixels.to(torch.get_default_dtype(), memory_format=torch.contiguous_format).div(255)
+    return normalises(scaled.expand(-1, 3, -1, -1)).unbind()
 
 
 @dataclass(frozen=True, eq=False)
