@@ -56,16 +56,29 @@ FIRST: Final = (
     ("tests/experiments/", "tests/test_experiment.py"),
     ("tests/test_resuming.py",),
     ("tests/test_export.py",),
+    ("tests/test_precision.py",),
     ("tests/test_packaging.py",),
-    ("tests/test_distributed.py",),
     ("tests/trials/test_several_processes.py",),
+    ("tests/trials/test_search_and_retrain.py",),
+    ("tests/trials/test_machine_trouble.py",),
+    ("tests/test_retrain.py",),
+    ("tests/test_distributed.py",),
+    ("tests/models/test_timm_conventions.py",),
+    ("tests/test_docs.py",),
+    ("tests/trials/bad_input/test_files.py",),
+    ("tests/trials/test_rank_correlation.py",),
+    ("tests/trials/test_export_child.py",),
+    ("tests/trials/test_retrain_child.py",),
+    ("tests/trials/test_measure_latency.py",),
 )
+# Tests that may run beside each other.
+APART: Final = "tests/test_acceptance.py"
 
 
 def _group(nodeid: str) -> str:
     """Return the name of the tests that one process runs one after the other."""
     file = nodeid.partition("::")[0]
-    return next((names[0] for names in FIRST if file.startswith(names)), file)
+    return nodeid if file == APART else next((names[0] for names in FIRST if file.startswith(names)), file)
 
 
 @pytest.hookimpl(trylast=True)
