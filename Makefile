@@ -26,8 +26,8 @@ search-darts: $(VENV)/installed
 	@$(BIN)/python trials/retrain_child.py
 
 test: $(VENV)/installed-dev
-	$(BIN)/python -m pytest $(BESIDE_EACH_OTHER) -m "not acceptance"
-	$(BIN)/python -m pytest --numprocesses 2 -m acceptance
+	$(BIN)/python -m pytest $(BESIDE_EACH_OTHER) -m "not alone"
+	$(BIN)/python -m pytest -m alone
 
 test-fast: $(VENV)/installed-dev
 	$(BIN)/python -m pytest $(BESIDE_EACH_OTHER) -m "not slow"

@@ -52,8 +52,9 @@ def main() -> None:
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     port = arguments.port or _free_port()
     with _started(arguments.config, port) as identity:
+        experiment = _connected(port, identity)
         print(f"web UI:    http://127.0.0.1:{port}  (experiment {identity})", flush=True)
-        succeeded = _follow(Experiment.connect(port), port)
+        succeeded = _follow(experiment, port)
     print(f"To look at the web UI again: nnictl view {identity}")
     if not succeeded:
         sys.exit(1)
@@ -85,6 +86,17 @@ def _started(config: Path, port: int) -> Iterator[str]:
     finally:
         stop = [sys.executable, "-m", "nni.tools.nnictl.nnictl", "stop", identity]
         subprocess.run(stop, capture_output=True, check=False)
+
+
+def _connected(port: int, identity: str) -> Experiment:
+    """Connect to the experiment, of which nnictl says that it has started even where another one has its port."""
+    experiment = Experiment.connect(port)
+    if experiment.id != identity:
+        raise UserError(
+            f"Port {port} has gone to experiment {experiment.id}, which was started at the same moment; start this one "
+            "again, or give it another --port."
+        )
+    return experiment
 
 
 def _follow(experiment: Experiment, port: int) -> bool:

@@ -71,14 +71,12 @@ FIRST: Final = (
     ("tests/trials/test_retrain_child.py",),
     ("tests/trials/test_measure_latency.py",),
 )
-# Tests that may run beside each other.
-APART: Final = "tests/test_acceptance.py"
 
 
 def _group(nodeid: str) -> str:
     """Return the name of the tests that one process runs one after the other."""
     file = nodeid.partition("::")[0]
-    return nodeid if file == APART else next((names[0] for names in FIRST if file.startswith(names)), file)
+    return next((names[0] for names in FIRST if file.startswith(names)), file)
 
 
 @pytest.hookimpl(trylast=True)

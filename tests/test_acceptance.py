@@ -28,6 +28,7 @@ def copy_of_project(repository: Path, tmp_path: Path) -> Path:
 
 def run(folder: Path, *command: str) -> str:
     environment = {**os.environ, "PYTHONPATH": str(folder)}
+    del environment["OMP_NUM_THREADS"]  # as a user has it
     done = subprocess.run(
         [sys.executable, *command], cwd=folder, env=environment, capture_output=True, text=True, check=False
     )
@@ -49,7 +50,7 @@ def accuracy_of(training: str, folder: str) -> float:
 
 
 @pytest.mark.slow
-@pytest.mark.acceptance
+@pytest.mark.alone
 def test_a_cream_search_and_retraining_on_real_images_reach_98_percent(copy_of_project: Path) -> None:
     started = time.monotonic()
     search = run(copy_of_project, "-m", "nni_cream.experiment", "experiments/cream.yml")
@@ -68,7 +69,7 @@ def test_a_cream_search_and_retraining_on_real_images_reach_98_percent(copy_of_p
 
 
 @pytest.mark.slow
-@pytest.mark.acceptance
+@pytest.mark.alone
 def test_a_darts_search_and_retraining_on_real_images_reach_98_percent(copy_of_project: Path) -> None:
     started = time.monotonic()
     search = run(copy_of_project, "-m", "nni_cream.experiment", "experiments/darts.yml")

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import yaml
 
-from nni_cream.experiment import _conclude
+from nni_cream.errors import UserError
+from nni_cream.experiment import Experiment, _conclude, _connected
 from tests.experiments.gpus import devices_of, on_the_gpu_in_use
 
 TIMEOUT = 300
@@ -111,6 +112,16 @@ def test_the_best_finite_result_of_a_finished_trial_wins(capsys: pytest.CaptureF
 def test_a_result_is_printed(result: dict[str, Any], expected: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert _conclude([trial("a", "SUCCEEDED")], {"a": [final(result)]}, lambda _: [])
     assert capsys.readouterr().out.splitlines()[1:-1] == expected
+
+
+def test_an_experiment_that_has_lost_its_port_to_another_is_not_taken_for_that_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    answering = SimpleNamespace(id="other")
+    monkeypatch.setattr(Experiment, "connect", lambda port: answering)
+    assert _connected(8080, "other") is answering
+    with pytest.raises(UserError, match="Port 8080 has gone to experiment other, .* another --port"):
+        _connected(8080, "own")
 
 
 def test_a_report_is_named_where_it_is_on_this_machine(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
