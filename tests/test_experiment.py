@@ -120,7 +120,7 @@ def test_an_experiment_that_has_lost_its_port_to_another_is_not_taken_for_that_o
     answering = SimpleNamespace(id="other")
     monkeypatch.setattr(Experiment, "connect", lambda port: answering)
     assert _connected(8080, "other") is answering
-    with pytest.raises(UserError, match="Port 8080 has gone to experiment other, .* another --port"):
+    with pytest.raises(UserError, match=r"Port 8080 has gone to experiment other, .* another --port"):
         _connected(8080, "own")
 
 
