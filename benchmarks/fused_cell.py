@@ -49,7 +49,6 @@ def nnis() -> DARTS:
 STEPS: dict[str, Callable[[], Any]] = {
     "NNI's DARTS": nnis,
     "NNI's DARTS, our convolutions": nnis,
-    "first order, textbook": lambda: DartsStrategy(order="first", execution="textbook"),
     "first order": lambda: DartsStrategy(order="first"),
     "finite difference": lambda: DartsStrategy(hypergradient="finite_difference"),
     "exact": lambda: DartsStrategy(hypergradient="exact"),

@@ -18,18 +18,20 @@ from profiling import profile
 
 LONGEST = 0.05
 MOVING: dict[str, Any] = {"data.augmentation": {"crop_padding": 2, "hflip": 0.5, "color_jitter": 0.0}}
-SEARCHES: dict[str, tuple[str, dict[str, Any]]] = {
-    "cream_mnist5k": ("cream_mnist5k", {"cream.warmup_epochs": 1}),
-    "cream_mnist5k, a worker": ("cream_mnist5k", {"cream.warmup_epochs": 1, "data.workers": 1}),
-    "darts_mnist5k": ("darts_mnist5k", {}),
-    "darts_mnist5k, moved": ("darts_mnist5k", MOVING),
-    "darts_mnist5k, moved, not resident": ("darts_mnist5k", {**MOVING, "data.resident": False}),
+# By name: the recipe, what is changed of it, and how many steps are made; None for two epochs, in the second of which
+# there is a board.
+SEARCHES: dict[str, tuple[str, dict[str, Any], int | None]] = {
+    "cream_mnist5k": ("cream_mnist5k", {"cream.warmup_epochs": 1}, None),
+    "cream_mnist5k, a worker": ("cream_mnist5k", {"cream.warmup_epochs": 1, "data.workers": 1}, None),
+    "darts_mnist5k": ("darts_mnist5k", {}, 10),
+    "darts_mnist5k, moved": ("darts_mnist5k", MOVING, 10),
+    "darts_mnist5k, moved, not resident": ("darts_mnist5k", {**MOVING, "data.resident": False}, 10),
 }
 
 
-def share(name: str, changes: dict[str, Any], device: str) -> dict[str, float]:
-    """Search for two epochs; return the seconds of all steps, and of all waiting for their batches."""
-    found = profile(name, changes, device)
+def share(name: str, changes: dict[str, Any], steps: int | None, device: str) -> dict[str, float]:
+    """Search; return the seconds of all steps, and of all waiting for their batches."""
+    found = profile(name, changes, device, steps)
     waiting = sum(found["[_TrainingEpochLoop].train_dataloader_next"])
     return {"waiting": waiting, "steps": sum(found["run_training_batch"])}
 

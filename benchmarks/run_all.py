@@ -17,7 +17,7 @@ from nni_cream.runs import read_json
 
 # The scripts, and how many repetitions the time allows.
 SCRIPTS = {
-    "fused_cell": ("--repeats", "5", "--rounds", "2"),
+    "fused_cell": ("--repeats", "4", "--rounds", "2"),
     "cream_step": ("--repetitions", "7"),
     "scaling": ("--repeats", "2"),
     "input_share": (),
