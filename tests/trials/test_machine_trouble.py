@@ -178,12 +178,12 @@ class TestWorkers:
     def test_one_that_is_killed(self, tmp_path: Path) -> None:
         killed = """
 from torch.utils.data import get_worker_info
-read = Images.rgb
+read = Images.grey
 def deadly(self, index):
     if get_worker_info() is not None and os.path.exists("run/checkpoints/last.ckpt"):
         os.kill(os.getpid(), 9)
     return read(self, index)
-Images.rgb = deadly
+Images.grey = deadly
 """
         # Each epoch has its own workers, so that the next one's see the checkpoint.
         sentence = trouble(start(tmp_path, "--output", "run", *ONE_WORKER, happening=killed))
@@ -206,12 +206,12 @@ LastTwo.on_train_epoch_end = then
             done = start(tmp_path, "--output", "run", *ONE_WORKER, happening=happening, before=":")
         else:
             limited = """
-read = Images.rgb
+read = Images.grey
 def narrow(self, index):
     if os.path.exists("run/checkpoints/last.ckpt"):
         resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
     return read(self, index)
-Images.rgb = narrow
+Images.grey = narrow
 """
             done = start(tmp_path, "--output", "run", *ONE_WORKER, happening=limited)
         sentence = trouble(done)
