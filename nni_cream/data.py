@@ -51,6 +51,7 @@ _DEFAULT_FRACTIONS: Final = Fractions()
 _INTERPOLATIONS: Final = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos", "random")
 _RE_MODES: Final = ("const", "rand", "pixel")
 
+# What only moves pixels, and so does the same in every channel.
 _MOVING: Final = (
     RandomResizedCropAndInterpolation,
     transforms.CenterCrop,
@@ -95,7 +96,6 @@ class LabelledImages(Dataset[tuple[Tensor, int]]):
         self.indices = indices
         self.transform = transform
         self._varies, self._normalises = _divided_transform(transform)
-        # What only moves pixels does the same in every channel.
         self._in_grey = images.are_grey and self._normalises is not None and _only_moves(self._varies)
 
     @property

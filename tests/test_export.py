@@ -3,7 +3,6 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -322,15 +321,9 @@ def test_what_was_written_is_told(child: Path, capsys: pytest.CaptureFixture[str
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [*cream.PUBLISHED, *darts_published.PUBLISHED])
-def test_every_published_network_can_be_written_as_onnx(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_published_network_can_be_written_as_onnx(name: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
-    if name in darts_published.PUBLISHED and not name.startswith("darts_v2"):
-        # What takes time are further cells like those before: five are of every sort.
-        fewer = replace(darts_published.PUBLISHED[name], cells=5)
-        monkeypatch.setitem(darts_published.PUBLISHED, name, fewer)
-    # Some at their own size; benchmarks/export_differences.py writes all of them, whole and at that size.
+    # Some at their own size; benchmarks/export_differences.py takes that of all of them.
     own = {"cream_14": 64, "cream_43": 96, "darts_v2_cifar10": 32}.get(name)
     size = own or (16 if name.endswith("cifar10") else 64)
     network = with_opinions(timm.create_model(name), size)
