@@ -137,7 +137,7 @@ def _torch_gradients(
     grad: Tensor, features: Tensor, weight: Tensor, geometry: Geometry, needed: tuple[bool, bool]
 ) -> tuple[Tensor | None, Tensor | None]:
     stride, padding, dilation = geometry[:3]
-    by_input, by_weight, _ = torch.ops.aten.convolution_backward(
+    by_input, by_weight, _ = torch.ops.aten.convolution_backward.default(
         grad, features, weight, None, stride, padding, dilation, False, (0, 0), len(weight), (*needed, False)
     )
     return by_input, by_weight

@@ -7,7 +7,7 @@ The sum is that of :class:`nni_cream.supernet.mixed_cell.MixedCell`, in another 
 - the depthwise convolutions of one kind are one convolution for all edges, channels last;
 - a batch norm's statistics follow from the moments of the input of the pointwise convolution before it, so that norm
   and mixing weight become part of its weight, and all that goes into a node is accumulated by products
-  (:mod:`nni_cream.supernet.pointwise`);
+  (:mod:`nni_cream.supernet.stages`);
 - ``none`` is left out.
 
 ``docs/performance.md`` has what that gains.
@@ -28,7 +28,8 @@ from nni_cream.models.operations import DilConv
 from nni_cream.supernet.depthwise import DepthwiseConv2d, convolve
 from nni_cream.supernet.mixed import MixingWeights
 from nni_cream.supernet.mixed_cell import MixedCell
-from nni_cream.supernet.pointwise import joined, moments, normalised, products, spread
+from nni_cream.supernet.pointwise import moments, normalised, products, spread
+from nni_cream.supernet.stages import Found, activated, added
 from nni_cream.supernet.synchronised import sharers
 
 # Bytes of an array that holds what two states send to every node; above, it is more than caches hold, and each state
@@ -81,19 +82,75 @@ class Departure(NamedTuple):
     alone: tuple[Departure, ...]
 
 
+class RunningStatistics:
+    """The running statistics of batch norms, in one tensor, so that one call moves them all.
+
+    The buffers of the norms become views of it, and stay so in copies. Where somebody else has replaced one since,
+    every norm is moved by itself.
+
+    Args:
+        norms: the batch norms, of equally many channels.
+    """
+
+    def __init__(self, norms: Sequence[Any]) -> None:
+        self._places = {norm: place for place, norm in enumerate(norms)}
+        self._tensors: dict[str, Tensor] = {}
+        self._views: list[tuple[dict[str, Any], str, Tensor]] = []
+        self.bind()
+
+    def bind(self) -> None:
+        """Take over the buffers that the norms have now."""
+        if self._views and self._is_bound():
+            return
+        self._tensors, self._views = {}, []
+        for name in ("running_mean", "running_var", "num_batches_tracked"):
+            buffers = [norm._buffers[name] for norm in self._places]
+            if not buffers or any(buffer is None for buffer in buffers):
+                continue
+            joint = self._tensors[name] = torch.stack(buffers)
+            for norm, part in zip(self._places, joint.unbind(), strict=True):
+                # Each with a version of its own: a norm that runs by itself must not seem to have changed the others'.
+                view = norm._buffers[name] = part.data
+                self._views.append((norm._buffers, name, view))
+
+    def _is_bound(self) -> bool:
+        return all(buffers[name] is view for buffers, name, view in self._views)
+
+    def move(self, norms: Sequence[Any], mean: Tensor, variance: Tensor, momentum: float) -> None:
+        """Move the statistics of ``norms`` towards ``mean`` and ``variance``, [norms, channels]."""
+        if len(self._tensors) == 3 and self._is_bound():
+            places = [self._places[norm] for norm in norms]
+            means, variances, counters = self._tensors.values()
+            if places == list(range(len(means))):
+                means.lerp_(mean, momentum)
+                variances.lerp_(variance, momentum)
+                counters.add_(1)
+            else:
+                rows = torch.tensor(places, device=mean.device)
+                means.index_copy_(0, rows, means[rows].lerp_(mean, momentum))
+                variances.index_copy_(0, rows, variances[rows].lerp_(variance, momentum))
+                counters.index_add_(0, rows, torch.ones_like(rows))
+            return
+        buffers = [norm.running_mean for norm in norms] + [norm.running_var for norm in norms]
+        torch._foreach_lerp_(buffers, [*mean.unbind(), *variance.unbind()], momentum)
+        torch._foreach_add_([norm.num_batches_tracked for norm in norms], 1)
+
+
 class Statistics:
     """How the batch norms of a cell normalise at the moment, and what they are to remember of it.
 
     Args:
         norms: the batch norms, all in one mode.
+        running: their running statistics.
     """
 
-    def __init__(self, norms: Sequence[Any]) -> None:
+    def __init__(self, norms: Sequence[Any], running: RunningStatistics) -> None:
         first = norms[0]
         self.of_batch: bool = first.training or first.running_mean is None
         self.eps: float = first.eps
         self._remembers: bool = first.training and first.track_running_stats
         self._momentum: float = first.momentum
+        self._running = running
         self._seen: list[tuple[Sequence[Any], Tensor, Tensor, int]] = []
 
     def saw(self, norms: Sequence[Any], mean: Tensor, variance: Tensor, count: int) -> None:
@@ -104,26 +161,25 @@ class Statistics:
         if self._remembers:
             self._seen.append((norms, mean.detach(), variance.detach(), count * sharers()))
 
-    def running(self, norms: Sequence[Any]) -> tuple[Tensor, Tensor]:
-        """Return the running mean and variance, [norms, channels]."""
-        return torch.stack([norm.running_mean for norm in norms]), torch.stack([norm.running_var for norm in norms])
+    def known(self, norms: Sequence[Any]) -> Found | None:
+        """Return mean and variance that ``norms`` normalise by, [norms, channels]; None for those of the batch."""
+        if self.of_batch:
+            return None
+        return Found(torch.stack([n.running_mean for n in norms]), torch.stack([n.running_var for n in norms]))
 
     def remember(self) -> None:
         """Move the running statistics, as batch norms in training do."""
         if not self._seen:
             return
-        buffers: list[Tensor] = []
-        targets: list[Tensor] = []
-        counters: list[Tensor] = []
-        for norms, mean, variance, count in self._seen:
-            buffers += [norm.running_mean for norm in norms]
-            targets += mean.flatten(0, -2).unbind()
-            buffers += [norm.running_var for norm in norms]
-            targets += (variance * (count / (count - 1))).flatten(0, -2).unbind()
-            counters += [norm.num_batches_tracked for norm in norms]
+        norms = [norm for each, *_ in self._seen for norm in each]
+        channels = self._seen[0][1].shape[-1]
         with torch.no_grad():
-            torch._foreach_lerp_(buffers, targets, self._momentum)
-            torch._foreach_add_(counters, 1)
+            means = torch.cat([mean.reshape(-1, channels) for _, mean, *_ in self._seen])
+            # Unbiased, as batch norms remember it.
+            variances = torch.cat(
+                [(variance * (count / (count - 1))).view(-1, channels) for *_, variance, count in self._seen]
+            )
+            self._running.move(norms, means, variances, self._momentum)
 
 
 class FusedCell(MixedCell):
@@ -154,6 +210,13 @@ class FusedCell(MixedCell):
         self._order = [row for rows in rows_of for row in rows]
         self._fan_out = [len(rows) for rows in rows_of]
         self._norms = tuple(m for m in self.edges.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
+        self._running = RunningStatistics([norm for departure in self._departures for norm in _norms_of(departure)])
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        # Another type or device: other buffers.
+        result = super()._apply(*args, **kwargs)
+        self._running.bind()
+        return result
 
     def forward(self, before_last: Tensor, last: Tensor) -> Tensor:
         """Map the outputs of the two cells before, [N, C₀, H₀, W₀] and [N, C₁, H, W], to the cell's own."""
@@ -163,7 +226,7 @@ class FusedCell(MixedCell):
         # Indexing by numbers of the host would wait for a GPU, and could not be recorded.
         rows = self._weights().unbind()
         mixing = torch.stack([rows[row] for row in self._order], dim=1).split(self._fan_out, dim=1)
-        statistics = Statistics(self._norms) if self._norms else None
+        statistics = Statistics(self._norms, self._running) if self._norms else None
         state = torch.cat([self.preprocess0(before_last), self.preprocess1(last)], dim=1)
         nodes: list[Tensor] = []
         pending: Tensor | None = None
@@ -261,14 +324,12 @@ def _depart(departure: Departure, state: Tensor, mixing: Tensor, statistics: Any
             pair, offset = _reduce(operations[leaving], part, rows[column][leaving], statistics)
             pairs.append(pair)
             biases.append(offset)
-    if departure.separable:
-        separable, offset = _separate(departure, active, rows, statistics)
-        pairs += separable
-        biases.append(offset)
     total = before
-    if pairs:
-        bias = torch.stack(biases).sum(0) if biases else state.new_zeros(nodes * channels)
-        total = products(bias, *pairs, total=before)
+    bias = torch.stack(biases).sum(0) if biases else None
+    if departure.separable:
+        total = _separate(departure, active, rows, statistics, bias, pairs, before)
+    elif pairs:
+        total = products(state.new_zeros(nodes * channels) if bias is None else bias, *pairs, total=before)
     for column, operations in departure.others.items():
         parts = state.split(channels, dim=1) * nodes
         weighted = [w * op(part) for w, op, part in zip(rows[column].unbind(), operations, parts, strict=True)]
@@ -310,7 +371,7 @@ def _shared(departure: Departure, state: Tensor, mixing: Sequence[Tensor], stati
             )
             statistics.saw(norms, mean, variance, len(maps))
         else:
-            mean, variance = (each.view(shape) for each in statistics.running(norms))
+            mean, variance = (each.view(shape) for each in statistics.known(norms))
         weights = torch.stack([mixing[column] for column in departure.pools]).view(-1, nodes, states, 1)
         scale = weights * (variance + statistics.eps).rsqrt()
         scales.append(scale)
@@ -332,12 +393,27 @@ def _reduce(operations: Sequence[Any], active: Tensor, mixing: Tensor, statistic
     zeros = torch.zeros_like(halves[0])
     weight = torch.cat([torch.cat([halves[0], zeros], 2), torch.cat([zeros, halves[1]], 2)], 1)
     norms = [operation.bn for operation in operations]
-    (matrix,), scaled, bias = _normalised(weight, [matrix], 1, norms, mixing, statistics)
+    known = statistics.known(norms)
+    if known is None:
+        (matrix,), inner_mean, covariance = moments([matrix], 1)
+        scaled, bias, mean, variance = normalised(weight, inner_mean, covariance, mixing, statistics.eps)
+        statistics.saw(norms, mean, variance, len(matrix))
+    else:
+        scale = mixing[:, None] * (known.variance + statistics.eps).rsqrt()
+        scaled, bias = (weight * scale[..., None]).transpose(1, 2), -scale * known.mean
     return (matrix, scaled.transpose(0, 1).reshape(1, matrix.shape[1], -1)), bias.flatten()
 
 
-def _separate(departure: Departure, active: Tensor, mixing: Sequence[Tensor], statistics: Any) -> Any:
-    """Separable convolutions: all of a kind as one, up to the pointwise convolution that ends them."""
+def _separate(
+    departure: Departure,
+    active: Tensor,
+    mixing: Sequence[Tensor],
+    statistics: Any,
+    bias: Tensor | None,
+    pairs: Sequence[tuple[Tensor, Tensor]],
+    before: Tensor | None,
+) -> Tensor:
+    """Separable convolutions: all of a kind as one, up to the sums that end them, to which the rest is added."""
     nodes = departure.nodes
     edges = nodes * departure.states
     repeated: dict[int, Tensor] = {}
@@ -350,24 +426,34 @@ def _separate(departure: Departure, active: Tensor, mixing: Sequence[Tensor], st
         reached[column] = _convolve(stages[0], repeated[step], step)
     depth = 1
     while deeper := {c: stages for c, stages in departure.separable.items() if len(stages) > depth}:
-        ended = [stages[depth - 1] for stages in deeper.values()]
+        weight, norms = _ends([stages[depth - 1] for stages in deeper.values()])
         matrices = [_matrix(reached[column]) for column in deeper]
-        matrices, weights, biases = _pointwise(ended, matrices, edges, None, statistics)
-        parts = zip(deeper.items(), matrices, weights.unbind(), biases.flatten(1).unbind(), strict=True)
-        for (column, stages), matrix, weight, bias in parts:
-            between = products(bias, (matrix, joined(weight))).relu_()
+        results, found = activated(weight, matrices, edges, statistics.eps, statistics.known(norms))
+        statistics.saw(norms, *found, len(matrices[0]))
+        for (column, stages), result in zip(deeper.items(), results, strict=True):
             size = reached[column].shape
-            reached[column] = _convolve(stages[depth], _maps(between, size[0], *size[2:]))
+            reached[column] = _convolve(stages[depth], _maps(result, size[0], *size[2:]))
         depth += 1
-    ended = [stages[-1] for stages in departure.separable.values()]
+    weight, norms = _ends([stages[-1] for stages in departure.separable.values()])
     matrices = [_matrix(features) for features in reached.values()]
-    matrices, weights, biases = _pointwise(
-        ended, matrices, edges, torch.stack([mixing[c] for c in departure.separable]), statistics
-    )
-    # The states of a node become one group, whose sum the product forms.
-    merged = weights.reshape(len(ended), nodes, -1, weights.shape[-1]).unbind()
-    pairs = [(matrix, joined(weight)) for matrix, weight in zip(matrices, merged, strict=True)]
-    return pairs, biases.view(len(ended), nodes, departure.states, -1).sum((0, 2)).flatten()
+    weights = torch.stack([mixing[column] for column in departure.separable])
+    known = statistics.known(norms)
+    total, found = added(weight, matrices, weights, nodes, statistics.eps, known, bias, pairs, before)
+    statistics.saw(norms, *found, len(matrices[0]))
+    return total
+
+
+def _norms_of(departure: Departure) -> list[Any]:
+    """Return all norms of a departure, in the order in which it uses them."""
+    norms = [norm for pool in departure.pools.values() for norm in pool.norms]
+    for operations in departure.reductions.values():
+        norms += [
+            operations[i].bn for s in range(departure.states) for i in range(s, len(operations), departure.states)
+        ]
+    for depth in range(max((len(stages) for stages in departure.separable.values()), default=0)):
+        deeper = [stages for stages in departure.separable.values() if len(stages) > depth + 1]
+        norms += [norm for stages in deeper for norm in stages[depth].norms]
+    return norms + [norm for stages in departure.separable.values() for norm in stages[-1].norms]
 
 
 def _skips_pixels(layer: Any) -> bool:
@@ -384,34 +470,8 @@ def _convolve(stage: Stage, features: Tensor, step: int = 1) -> Tensor:
     return convolve(features, weight, stride, padding, dilation)
 
 
-def _pointwise(stages: Sequence[Stage], matrices: Sequence[Tensor], edges: int, mixing: Any, statistics: Any) -> Any:
-    weight = torch.stack([layer.weight for stage in stages for layer in stage.pointwise]).flatten(2)
-    norms = [norm for stage in stages for norm in stage.norms]
-    matrices, scaled, bias = _normalised(weight, matrices, edges, norms, mixing, statistics)
-    return matrices, scaled.view(len(stages), edges, *scaled.shape[1:]), bias.view(len(stages), edges, -1)
-
-
-def _normalised(
-    weight: Tensor, matrices: Sequence[Tensor], groups: int, norms: Sequence[Any], mixing: Any, statistics: Any
-) -> tuple[Sequence[Tensor], Tensor, Tensor]:
-    """Return the inputs, weights [M, in, out] and biases [M, out] of pointwise convolutions, norms and mixing included.
-
-    Args:
-        weight: of the convolutions, [M, out, in].
-        matrices: their inputs, each of so many ``groups``.
-        groups: of the inputs.
-        norms: the batch norms, M.
-        mixing: of every output, M in all; None for 1.
-        statistics: of the norms.
-    """
-    if statistics.of_batch:
-        matrices, inner_mean, covariance = moments(matrices, groups)
-        mixed = None if mixing is None else mixing.reshape(-1)
-        scaled, bias, mean, variance = normalised(weight, inner_mean, covariance, mixed, statistics.eps)
-        statistics.saw(norms, mean, variance, len(matrices[0]))
-        return matrices, scaled, bias
-    mean, variance = statistics.running(norms)
-    scale = (variance + statistics.eps).rsqrt()
-    if mixing is not None:
-        scale = scale * mixing.reshape(-1, 1)
-    return matrices, (weight * scale[..., None]).transpose(1, 2), -scale * mean
+def _ends(stages: Sequence[Stage]) -> tuple[Tensor, list[Any]]:
+    """Return the weights of pointwise convolutions, [M, out, in], and the norms that follow them."""
+    weight = torch.cat([layer.weight for stage in stages for layer in stage.pointwise]).flatten(1)
+    channels = stages[0].norms[0].num_features
+    return weight.view(-1, channels, weight.shape[1]), [norm for stage in stages for norm in stage.norms]

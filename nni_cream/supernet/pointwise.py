@@ -9,87 +9,28 @@ several convolutions that are added up become one accumulated product. Derivativ
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from nni_cream.supernet.matrices import add_product, begin_sum, block_count, cross_product, diagonal_blocks
 from nni_cream.supernet.synchronised import averages
-
-# Products of narrower groups cost more than the zeros that join them; measured on CPUs.
-_NARROWEST = 16
-
-
-def _blocks(groups: int, channels: int) -> int:
-    """Return the number of blocks that groups of so many channels are joined to."""
-    wide = (n for n in range(1, groups + 1) if groups % n == 0 and n * channels >= _NARROWEST)
-    return groups // next(wide, groups)
-
-
-def joined(weight: Tensor) -> Tensor:
-    """Return the weights [groups, in, out] of a grouped product, as fewer block-diagonal ones if they are narrow."""
-    groups, rows, columns = weight.shape
-    blocks = _blocks(groups, rows)
-    if blocks == groups:
-        return weight
-    together = groups // blocks
-    identity = torch.eye(together, dtype=weight.dtype, device=weight.device)
-    parts = weight.view(blocks, together, rows, 1, columns) * identity[:, None, :, None]
-    return parts.reshape(blocks, together * rows, together * columns)
-
-
-def _diagonal(matrices: Tensor, groups: int) -> Tensor:
-    """Return the [groups, channels, channels] on the diagonal of square matrices of groups that were joined."""
-    blocks, size, _ = matrices.shape
-    if blocks == groups:
-        return matrices
-    together = groups // blocks
-    parts = matrices.view(blocks, together, size // together, together, size // together)
-    return parts.diagonal(0, 1, 3).permute(0, 3, 1, 2).reshape(groups, size // together, size // together)
-
-
-def _grouped(matrix: Tensor, groups: int) -> Tensor:
-    return matrix.view(len(matrix), groups, -1).transpose(0, 1)
-
-
-def _product(matrix: Tensor, weight: Tensor, total: Tensor | None = None) -> Tensor:
-    """Return matrix·weight, group by group, added to ``total`` in place if there is one."""
-    groups, _, columns = weight.shape
-    if groups == 1:
-        return torch.mm(matrix, weight[0]) if total is None else total.addmm_(matrix, weight[0])
-    keep = 0 if total is None else 1
-    total = matrix.new_empty(len(matrix), groups * columns) if total is None else total
-    _grouped(total, groups).baddbmm_(_grouped(matrix, groups), weight, beta=keep)
-    return total
-
-
-def _cross(first: Tensor, second: Tensor, groups: int) -> Tensor:
-    """Return firstᵀ·second, group by group: [groups, columns of first, columns of second]."""
-    if groups == 1:
-        return torch.mm(first.t(), second)[None]
-    return torch.bmm(_grouped(first, groups).transpose(1, 2), _grouped(second, groups))
 
 
 def _multiply(matrix: Tensor, weight: Tensor) -> Tensor:
     """Return matrix·weight, which can be differentiated where derivatives are recorded; a call is not free."""
     product: Tensor = (
-        _Products.apply(None, None, matrix, weight) if torch.is_grad_enabled() else _product(matrix, weight)
+        _Products.apply(None, None, matrix, weight) if torch.is_grad_enabled() else add_product(matrix, weight)
     )
     return product
 
 
 def _correlate(first: Tensor, second: Tensor, groups: int) -> Tensor:
     """Return firstᵀ·second, likewise."""
-    form = _Cross.apply if torch.is_grad_enabled() else _cross
+    form = _Cross.apply if torch.is_grad_enabled() else cross_product
     product: Tensor = form(first, second, groups)
     return product
-
-
-def _begun(bias: Tensor | None, before: Tensor | None, rows: int) -> Tensor | None:
-    """Return a new matrix to add products to; None if there is nothing to begin with."""
-    if bias is None:
-        return None if before is None else before.clone(memory_format=torch.contiguous_format)
-    return bias.expand(rows, -1).contiguous() if before is None else (before + bias).contiguous()
 
 
 class _Products(torch.autograd.Function):
@@ -99,9 +40,9 @@ class _Products(torch.autograd.Function):
     def forward(ctx: Any, bias: Tensor | None, before: Tensor | None, *pairs: Tensor) -> Tensor:
         ctx.save_for_backward(*pairs)
         ctx.save_for_forward(*pairs)
-        total = _begun(bias, before, len(pairs[0]))
+        total = begin_sum(bias, before, len(pairs[0]))
         for matrix, weight in zip(pairs[::2], pairs[1::2], strict=True):
-            total = _product(matrix, weight, total)
+            total = add_product(matrix, weight, total)
         assert total is not None
         return total
 
@@ -119,11 +60,11 @@ class _Products(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, bias: Tensor | None, before: Tensor | None, *tangents: Tensor | None) -> Tensor:
-        total = _begun(bias, before, len(ctx.saved_tensors[0]))
+        total = begin_sum(bias, before, len(ctx.saved_tensors[0]))
         for position, tangent in enumerate(tangents):
             if tangent is not None:
                 other = ctx.saved_tensors[position ^ 1]
-                total = _product(other, tangent, total) if position % 2 else _product(tangent, other, total)
+                total = add_product(other, tangent, total) if position % 2 else add_product(tangent, other, total)
         assert total is not None
         return total
 
@@ -136,7 +77,7 @@ class _Cross(torch.autograd.Function):
         ctx.save_for_backward(first, second)
         ctx.save_for_forward(first, second)
         ctx.groups = groups
-        return _cross(first, second, groups)
+        return cross_product(first, second, groups)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -150,8 +91,8 @@ class _Cross(torch.autograd.Function):
     @staticmethod
     def jvp(ctx: Any, by_first: Tensor | None, by_second: Tensor | None, _: None) -> Tensor:
         first, second = ctx.saved_tensors
-        terms = [] if by_first is None else [_cross(by_first, second, ctx.groups)]
-        terms += [] if by_second is None else [_cross(first, by_second, ctx.groups)]
+        terms = [] if by_first is None else [cross_product(by_first, second, ctx.groups)]
+        terms += [] if by_second is None else [cross_product(first, by_second, ctx.groups)]
         return terms[0] if len(terms) == 1 else terms[0] + terms[1]
 
 
@@ -166,7 +107,7 @@ class _Moments(torch.autograd.Function):
         ctx.save_for_backward(matrix)
         ctx.save_for_forward(matrix)
         ctx.groups = groups
-        return matrix.view_as(matrix), matrix.sum(0), _cross(matrix, matrix, groups)
+        return matrix.view_as(matrix), matrix.sum(0), cross_product(matrix, matrix, groups)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, by_sum: Tensor, by_square: Tensor) -> tuple[Tensor | None, None]:
@@ -176,12 +117,12 @@ class _Moments(torch.autograd.Function):
         if torch.is_grad_enabled():
             return grad + _Products.apply(by_sum, None, matrix, weight), None
         # Of the products that the matrix goes into, and of nothing else.
-        return _product(matrix, weight, grad.add_(by_sum)), None
+        return add_product(matrix, weight, grad.add_(by_sum)), None
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, _: None) -> tuple[Tensor, Tensor, Tensor]:
         (matrix,) = ctx.saved_tensors
-        half = _cross(matrix, tangent, ctx.groups)
+        half = cross_product(matrix, tangent, ctx.groups)
         return tangent.view_as(tangent), tangent.sum(0), half + half.transpose(1, 2)
 
 
@@ -222,36 +163,24 @@ class _Normalised(torch.autograd.Function):
         ctx.save_for_backward(weight, mean, covariance, mixing)
         ctx.save_for_forward(weight, mean, covariance, mixing)
         ctx.eps = eps
-        _, outer_mean, raw, scale, _ = _norm(weight, mean, covariance, mixing, eps)
-        variance = raw.clamp_min(0)
-        ctx.mark_non_differentiable(outer_mean, variance)
-        return (weight * scale[..., None]).transpose(1, 2), -scale * outer_mean, outer_mean, variance
+        found = norm(weight, mean, covariance, mixing, eps)
+        variance = found.variance.clamp_min(0)
+        ctx.mark_non_differentiable(found.outer_mean, variance)
+        folded = (weight * found.scale[..., None]).transpose(1, 2)
+        return folded, -found.scale * found.outer_mean, found.outer_mean, variance
 
     @staticmethod
     def backward(ctx: Any, by_weight: Tensor, by_bias: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         weight, mean, covariance, mixing = ctx.saved_tensors
-        spread, outer_mean, raw, scale, inverse = _norm(weight, mean, covariance, mixing, ctx.eps)
-        by_weight = by_weight.transpose(1, 2)
-        by_scale = (by_weight * weight).sum(-1) - by_bias * outer_mean
-        by_outer_mean = -by_bias * scale
-        by_variance = (-0.5 * by_scale * scale * inverse.square() * (raw >= 0))[..., None]
-        own = None
-        if ctx.needs_input_grad[0]:
-            own = by_weight * scale[..., None] + 2 * by_variance * spread + by_outer_mean[..., None] * mean[:, None, :]
-        return (
-            own,
-            (by_outer_mean[:, None, :] @ weight)[:, 0],
-            (by_variance * weight).transpose(1, 2) @ weight,
-            None if mixing is None else (by_scale * inverse).sum(-1),
-            None,
-        )
+        found = norm(weight, mean, covariance, mixing, ctx.eps)
+        return *norm_gradients(weight, mean, mixing, found, by_weight, by_bias, ctx.needs_input_grad[0]), None
 
     @staticmethod
     def jvp(
         ctx: Any, by_weight: Tensor | None, by_mean: Tensor | None, by_covariance: Tensor | None, by_mixing: Any, _: Any
     ) -> tuple[Tensor | None, ...]:
         weight, mean, covariance, mixing = ctx.saved_tensors
-        spread, outer_mean, raw, scale, inverse = _norm(weight, mean, covariance, mixing, ctx.eps)
+        spread, outer_mean, raw, scale, inverse = norm(weight, mean, covariance, mixing, ctx.eps)
         moved, along, mean_moved = (
             torch.zeros_like(tensor) if tangent is None else tangent
             for tensor, tangent in ((weight, by_weight), (covariance, by_covariance), (mean, by_mean))
@@ -269,16 +198,69 @@ class _Normalised(torch.autograd.Function):
         )
 
 
-def _norm(
-    weight: Tensor, mean: Tensor, covariance: Tensor, mixing: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return W·Σ, W·μ, the variance as computed, m/σ and 1/σ of norms that follow pointwise convolutions."""
+class Norm(NamedTuple):
+    """What norms that follow pointwise convolutions W make of a mean μ and a covariance Σ of their input.
+
+    Attributes:
+        spread: W·Σ, [M, out, in].
+        outer_mean: W·μ, [M, out].
+        variance: diag(W·Σ·Wᵀ) as computed, [M, out]; rounding can make one of nothing negative.
+        scale: m/σ, [M, out].
+        inverse: 1/σ, [M, out].
+    """
+
+    spread: Tensor
+    outer_mean: Tensor
+    variance: Tensor
+    scale: Tensor
+    inverse: Tensor
+
+
+def norm(weight: Tensor, mean: Tensor, covariance: Tensor, mixing: Tensor | None, eps: float) -> Norm:
+    """Return what norms make of their input; arguments as of :func:`normalised`."""
     spread = weight @ covariance
     variance = (spread * weight).sum(-1)
-    # Rounding can make a variance of nothing negative; it is a constant then.
+    # Of a negative variance the norm is a constant.
     inverse = (variance.clamp_min(0) + eps).rsqrt()
     scale = inverse if mixing is None else inverse * mixing[:, None]
-    return spread, (weight @ mean[..., None])[..., 0], variance, scale, inverse
+    return Norm(spread, (weight @ mean[..., None])[..., 0], variance, scale, inverse)
+
+
+def norm_gradients(
+    weight: Tensor,
+    mean: Tensor,
+    mixing: Tensor | None,
+    found: Norm,
+    by_folded: Tensor,
+    by_bias: Tensor,
+    needs_weight: bool,
+) -> tuple[Tensor | None, Tensor, Tensor, Tensor | None]:
+    """Return the gradients of :func:`normalised` in W, μ, Σ (symmetric) and m.
+
+    Args:
+        weight: W, [M, out, in].
+        mean: μ, [M, in].
+        mixing: m, [M]; None for 1.
+        found: what the norms have found.
+        by_folded: the gradient in the weights that it returns, [M, in, out].
+        by_bias: that in the biases, [M, out].
+        needs_weight: whether the first one is needed; it is None otherwise.
+    """
+    by_folded = by_folded.transpose(1, 2)
+    by_scale = (by_folded * weight).sum(-1) - by_bias * found.outer_mean
+    by_outer_mean = -by_bias * found.scale
+    by_variance = -0.5 * by_scale * found.scale * found.inverse.square()
+    by_variance = (by_variance * (found.variance >= 0))[..., None]
+    own = None
+    if needs_weight:
+        own = torch.addcmul(by_folded * found.scale[..., None], by_variance, found.spread, value=2)
+        own = torch.addcmul(own, by_outer_mean[..., None], mean[:, None, :])
+    return (
+        own,
+        (by_outer_mean[:, None, :] @ weight)[:, 0],
+        (by_variance * weight).transpose(1, 2) @ weight,
+        None if mixing is None else (by_scale * found.inverse).sum(-1),
+    )
 
 
 def products(bias: Tensor, *pairs: tuple[Tensor, Tensor], total: Tensor | None = None) -> Tensor:
@@ -300,10 +282,12 @@ def moments(matrices: Sequence[Tensor], groups: int) -> tuple[list[Tensor], Tens
     synchronised.
     """
     rows, columns = matrices[0].shape
-    found = [_Moments.apply(matrix, _blocks(groups, columns // groups)) for matrix in matrices]
+    found = [_Moments.apply(matrix, block_count(groups, columns // groups)) for matrix in matrices]
     same, totals, squares = zip(*found, strict=True)
     number = len(matrices) * groups
-    mean, second = averages(torch.stack(totals).view(number, -1) / rows, _diagonal(torch.cat(squares), number) / rows)
+    mean, second = averages(
+        torch.stack(totals).view(number, -1) / rows, diagonal_blocks(torch.cat(squares), number) / rows
+    )
     return list(same), mean, second - mean[:, :, None] * mean[:, None, :]
 
 

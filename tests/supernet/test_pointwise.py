@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
-from nni_cream.supernet.pointwise import joined, moments, normalised, products, spread
+from nni_cream.supernet.matrices import joined
+from nni_cream.supernet.pointwise import moments, normalised, products, spread
 
 # Groups and their channels: alone, joined to one block, to several, not joined.
 GROUPS = [(1, 3), (3, 4), (4, 8), (2, 16)]
