@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 from scipy.sparse.linalg import LinearOperator, eigsh
 from torch import Tensor
 
+from nni_cream.supernet.stages import differentiated_twice
+
 _TOLERANCE: Final = 1e-3
 
 
@@ -25,7 +27,7 @@ def dominant_eigenvalue(loss: Callable[[Sequence[Tensor]], Tensor], alphas: Sequ
         alphas: where; they are not changed.
     """
     variables = [alpha.detach().requires_grad_() for alpha in alphas]
-    with torch.enable_grad():
+    with torch.enable_grad(), differentiated_twice():
         gradients = torch.autograd.grad(
             loss(variables), variables, create_graph=True, allow_unused=True, materialize_grads=True
         )

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from nni_cream.errors import UserError
+from nni_cream.supernet.stages import differentiated_twice
 
 Loss = Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor]
 
@@ -175,7 +176,7 @@ def exact(
         alphas: α.
         step: the step of the weights, from :func:`sgd_step`.
     """
-    with _leaves(weights) as variables, _leaves(alphas) as architecture:
+    with _leaves(weights) as variables, _leaves(alphas) as architecture, differentiated_twice():
         loss = train_loss(variables, architecture)
         slopes = torch.autograd.grad(loss, variables, create_graph=True, allow_unused=True)
     learns = [slope is not None for slope in slopes]

@@ -27,7 +27,8 @@ _twice: ContextVar[bool] = ContextVar("twice", default=False)
 def differentiated_twice() -> Iterator[None]:
     """Let losses that are computed inside have gradients that are themselves cheap to differentiate.
 
-    Gradients can be differentiated outside too, but then part of the network is computed again.
+    Gradients can be differentiated outside too, but then part of the network is computed again. Forward mode works only
+    inside.
     """
     token = _twice.set(True)
     try:
@@ -276,11 +277,13 @@ def _gradients_by_parts(ctx: Any, gradients: Sequence[Tensor]) -> tuple[Tensor |
     weight, mixing, *tensors = ctx.saved_tensors
     kinds, _, nodes, _ = ctx.ending
     inputs = [weight, mixing, *(tensors[:kinds] if nodes is None else tensors)]
-    *of_first, of_bias, of_before = ctx.needs_input_grad[1:5]
-    needed = [each for each, needs in zip(inputs, [*of_first, *ctx.needs_input_grad[5:]], strict=True) if needs]
-    *results, _, _ = _end_by_parts(ctx.ending, None, weight, mixing, None, None, *inputs[2:])
-    found = iter(torch.autograd.grad(results, needed, gradients[: len(results)], create_graph=True))
-    by_inputs = [next(found) if needs else None for needs in [*of_first, *ctx.needs_input_grad[5:]]]
-    by_first, by_tensors = by_inputs[:2], by_inputs[2:]
+    of_weight, of_mixing, of_bias, of_before, *of_tensors = ctx.needs_input_grad[1:]
+    needs = [of_weight, of_mixing, *of_tensors]
+    slopes: list[Tensor | None] = [None] * len(inputs)
+    if any(needs):
+        *results, _, _ = _end_by_parts(ctx.ending, None, weight, mixing, None, None, *inputs[2:])
+        needed = [each for each, need in zip(inputs, needs, strict=True) if need]
+        found = iter(torch.autograd.grad(results, needed, gradients[: len(results)], create_graph=True))
+        slopes = [next(found) if need else None for need in needs]
     by_bias = gradients[0].sum(0) if of_bias else None
-    return None, *by_first, by_bias, gradients[0] if of_before else None, *by_tensors
+    return None, *slopes[:2], by_bias, gradients[0] if of_before else None, *slopes[2:]
