@@ -8,6 +8,7 @@ lists each case.
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +21,9 @@ import torch.nn.functional as F
 from nni.mutable import Sample
 from nni.nas.evaluator.pytorch import LightningModule
 from nni.nas.oneshot.pytorch.base_lightning import BaseOneShotLightningModule
+from nni.nas.oneshot.pytorch.supermodule.base import BaseSuperNetModule
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader
 
 from nni_cream import soundness
@@ -34,7 +37,7 @@ from nni_cream.launching import refuse_other_strategies
 from nni_cream.loading import first_batches
 from nni_cream.matching import MatchingLayer, matching_gradient
 from nni_cream.sampling import Path, PathSampler, Prior
-from nni_cream.supernet.batch_norm import batch_statistics, count_right, recalibrated
+from nni_cream.supernet.batch_norm import batch_norms, batch_statistics, count_right, recalibrated
 from nni_cream.supernet.paths import PathSpace, activate, read_prior
 from nni_cream.supernet.synchronised import alone
 from nni_cream.training import loss_scale
@@ -161,8 +164,18 @@ class CreamLightningModule(BaseOneShotLightningModule):
             self._board_prior = (self.board.entries, self.board.frequencies(self.paths.sizes))
         return self._board_prior[1]
 
+    # Looking for these in every step takes as long as a layer of a small network.
+
+    @functools.cached_property
+    def _choices(self) -> list[BaseSuperNetModule]:
+        return list(self.supernet_modules())
+
+    @functools.cached_property
+    def _norms(self) -> list[_BatchNorm]:
+        return batch_norms(self.model)
+
     def _activate(self, path: Path) -> None:
-        activate(self.supernet_modules(), self.paths.to_sample(path))
+        activate(self._choices, self.paths.to_sample(path))
 
     def resample(self) -> Sample:
         """Draw a path inside the interval of the budget and activate it."""
@@ -264,7 +277,7 @@ class CreamLightningModule(BaseOneShotLightningModule):
             return Teaching(entries[0], torch.tensor(_TOP1_WEIGHT, device=self.device))
         # A board from a checkpoint lies on the CPU.
         images = torch.cat([entry.images for entry in entries]).to(self.device)
-        with torch.no_grad(), alone(), batch_statistics(self.model, groups=len(entries)):
+        with torch.no_grad(), alone(), batch_statistics(self._norms, groups=len(entries)):
             answers = self.training_module(images).softmax(-1).unflatten(0, (len(entries), -1))
         stored = torch.stack([entry.features for entry in entries])
         logits = self.matching(answers, stored.to(answers))
@@ -274,7 +287,7 @@ class CreamLightningModule(BaseOneShotLightningModule):
     def _ask_teacher(self, teaching: Teaching, student: Path, images: Tensor) -> Tensor:
         """Return the teacher's class probabilities for ``images``, and leave the student active."""
         self._activate(teaching.entry.path)
-        with torch.no_grad(), batch_statistics(self.model):
+        with torch.no_grad(), batch_statistics(self._norms):
             answers: Tensor = self.training_module(images).softmax(-1)
         self._activate(student)
         return answers
@@ -356,7 +369,7 @@ class CreamLightningModule(BaseOneShotLightningModule):
         if len(images) * processes() < count or path in self.board or not (room or accuracy > typical):
             return
         held_out, targets = self._next_held_out()
-        with torch.no_grad(), batch_statistics(self.model):
+        with torch.no_grad(), batch_statistics(self._norms):
             score = _percent_correct(self.training_module(held_out), targets)
         macs, latency = self.cost(path).macs, self.latency(path)
         if self.board.admits(score, macs if latency is None else latency):
@@ -404,7 +417,7 @@ class CreamLightningModule(BaseOneShotLightningModule):
         if _is_too_small(batch):
             return
         self._seen += len(images)
-        with batch_statistics(self.model):
+        with batch_statistics(self._norms):
             for path, correct in zip(self._measured, self._correct, strict=True):
                 self._activate(path)
                 correct += (self.training_module(images).argmax(-1) == targets).sum()
@@ -483,7 +496,7 @@ class CreamLightningModule(BaseOneShotLightningModule):
 
     def calibrated_network(self, sample: dict[str, Any]) -> nn.Module:
         """Return a copy of the network of ``sample`` with its shared weights and batch-norm statistics of its own."""
-        activate(self.supernet_modules(), sample)
+        activate(self._choices, sample)
         with recalibrated(self.model, self._calibration_images()):
             # freeze() hands out the chosen candidates themselves, whose statistics are put back in a moment.
             network: nn.Module = copy.deepcopy(self.model.freeze(sample))

@@ -6,7 +6,7 @@ statistics of the batch itself, or with running statistics that were recomputed 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Final
@@ -23,20 +23,21 @@ from nni_cream.supernet.synchronised import sharers, synchronised
 _LARGE: Final = 2048
 
 
-def _batch_norms(network: nn.Module) -> list[_BatchNorm]:
+def batch_norms(network: nn.Module) -> list[_BatchNorm]:
+    """Return the batch norms in ``network``."""
     return [module for module in network.modules() if isinstance(module, _BatchNorm)]
 
 
 @contextmanager
-def batch_statistics(network: nn.Module, groups: int = 1) -> Iterator[None]:
+def batch_statistics(network: nn.Module | Sequence[_BatchNorm], groups: int = 1) -> Iterator[None]:
     """Normalise with the statistics of each batch, and leave the running statistics untouched.
 
     Args:
-        network: the network.
+        network: the network, or its batch norms, since looking for them in a supernet takes milliseconds.
         groups: number of groups of equal size, one after the other in a batch, that are normalised each by itself, as
             if each were a batch of its own.
     """
-    norms = _batch_norms(network)
+    norms = batch_norms(network) if isinstance(network, nn.Module) else network
     before = [(norm.training, norm.track_running_stats) for norm in norms]
     for norm in norms:
         norm.training, norm.track_running_stats = True, False
@@ -86,7 +87,7 @@ def recalibrated(network: nn.Module, batches: Iterable[Tensor]) -> Iterator[None
     Each statistic becomes the plain average over the batches, of which several processes have a part each. On leaving,
     modes and statistics are as before.
     """
-    norms = _batch_norms(network)
+    norms = batch_norms(network)
     modes = [(module, module.training) for module in network.modules()]
     buffers = [(buffer, buffer.clone()) for norm in norms for buffer in norm.buffers()]
     momenta = [norm.momentum for norm in norms]
