@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from scipy.sparse.linalg import LinearOperator, eigsh
 from torch import Tensor
 
-from nni_cream.supernet.stages import differentiated_twice
+from nni_cream.differentiation import differentiated_twice
 
 _TOLERANCE: Final = 1e-3
 

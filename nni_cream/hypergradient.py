@@ -23,8 +23,8 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from nni_cream.differentiation import differentiated_twice
 from nni_cream.errors import UserError
-from nni_cream.supernet.stages import differentiated_twice
 
 Loss = Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor]
 

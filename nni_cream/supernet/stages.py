@@ -3,38 +3,21 @@
 :mod:`nni_cream.supernet.pointwise` has the parts, each with derivatives of any order. Here all parts of a stage are one
 operation with its gradient written out, since on small images the bookkeeping of autograd between the parts costs as
 much as the products themselves. The parts run one by one where a gradient is to be differentiated
-(:func:`differentiated_twice`), where norms are synchronised between processes, or do not normalise by the batch.
+(:mod:`nni_cream.differentiation`), where norms are synchronised between processes, or do not normalise by the batch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from nni_cream.differentiation import is_differentiated_twice
 from nni_cream.supernet.matrices import add_product, begin_sum, block_count, cross_product, diagonal_blocks, joined
 from nni_cream.supernet.pointwise import moments, norm, norm_gradients, normalised, products
 from nni_cream.supernet.synchronised import sharers
-
-_twice: ContextVar[bool] = ContextVar("twice", default=False)
-
-
-@contextmanager
-def differentiated_twice() -> Iterator[None]:
-    """Let losses that are computed inside have gradients that are themselves cheap to differentiate.
-
-    Gradients can be differentiated outside too, but then part of the network is computed again. Forward mode works only
-    inside.
-    """
-    token = _twice.set(True)
-    try:
-        yield
-    finally:
-        _twice.reset(token)
 
 
 class Ending(NamedTuple):
@@ -117,7 +100,7 @@ def added(
 
 def _end(ending: Ending, known: Found | None, *tensors: Any) -> Sequence[Tensor]:
     results: Sequence[Tensor]
-    if known is None and sharers() == 1 and not _twice.get():
+    if known is None and sharers() == 1 and not is_differentiated_twice():
         results = _End.apply(ending, *tensors)
     else:
         results = _end_by_parts(ending, known, *tensors)

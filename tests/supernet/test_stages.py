@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
-from nni_cream.supernet.stages import Found, activated, added, differentiated_twice
+from nni_cream.differentiation import differentiated_twice
+from nni_cream.supernet.stages import Found, activated, added
 
 EPS = 1e-3
 # Two kinds of convolutions on the edges of two states to three nodes.
