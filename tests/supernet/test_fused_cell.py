@@ -11,12 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nni_cream.curvature import dominant_eigenvalue
 from nni_cream.errors import UserError
 from nni_cream.hypergradient import exact, finite_difference, first_order, sgd_step
 from nni_cream.models import darts_operations
 from nni_cream.models.darts_operations import OPERATIONS, PAPER_OPERATIONS
 from nni_cream.strategies.darts import DartsStrategy
-from nni_cream.supernet import fused_cell
+from nni_cream.supernet import fused_cell, stages
 from nni_cream.supernet.batch_norm import batch_statistics, recalibrated
 from nni_cream.supernet.functional import pure_loss
 from nni_cream.supernet.fused_cell import FusedCell
@@ -365,6 +366,21 @@ class TestPureFunction:
             torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
         assert all(torch.equal(a, b) for a, b in zip(before, fused.state_dict().values(), strict=True))
         assert all(parameter.grad is None for parameter in fused.parameters())
+
+    def test_nothing_is_computed_again_to_be_differentiated(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        _, fused = pair(operations=("none", "sep_conv_3x3"))
+
+        def again(*_: Any) -> Any:
+            raise AssertionError("a stage ran a second time")
+
+        monkeypatch.setattr(stages, "_gradients_by_parts", again)
+        loss, _, weights, alphas, _ = functions = self.functions(fused)
+        exact(*functions)
+        dominant_eigenvalue(lambda tables: loss(weights, tables), alphas)
+        # Where nobody has said that it will be.
+        variables = [weight.detach().requires_grad_() for weight in weights]
+        with pytest.raises(AssertionError, match="second time"):
+            torch.autograd.grad(loss(variables, alphas), variables, create_graph=True, allow_unused=True)
 
     def test_given_weights_count(self) -> None:
         textbook, fused = pair()
