@@ -3,7 +3,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -289,57 +288,6 @@ class TestNetwork:
             )
         assert max(errors[1]) < 3 * max(errors[0])
         assert sum(errors[1]) < 2 * sum(errors[0])
-
-
-class TestRunningStatistics:
-    """They are views of one tensor, which nobody may notice."""
-
-    def train_both(self, textbook: Together, fused: Together) -> None:
-        for network in (textbook, fused):
-            network(images())
-        assert_same(list(fused.buffers()), list(textbook.buffers()))
-
-    def joint(self, network: Together) -> bool:
-        return all(cell._running._is_bound() for cell in network.space.cells)
-
-    def test_a_copy_has_its_own(self) -> None:
-        textbook, fused = pair()
-        twin = copy.deepcopy(fused)
-        before = [buffer.clone() for buffer in twin.buffers()]
-        self.train_both(textbook, fused)
-        assert all(torch.equal(a, b) for a, b in zip(twin.buffers(), before, strict=True))
-        assert self.joint(twin)
-        twin(images())
-        assert_same(list(twin.buffers()), list(fused.buffers()))
-
-    def test_of_another_type(self) -> None:
-        textbook, fused = (network.float().double() for network in pair())
-        assert self.joint(fused)
-        self.train_both(textbook, fused)
-
-    def test_that_others_have_replaced(self) -> None:
-        textbook, fused = pair()
-        state = {name: tensor.clone() for name, tensor in textbook.state_dict().items()}
-        fused.load_state_dict(state, assign=True)
-        assert not self.joint(fused)
-        self.train_both(textbook, fused)
-
-    def test_from_a_file(self, tmp_path: Path) -> None:
-        textbook, fused = pair()
-        self.train_both(textbook, fused)
-        torch.save(fused.state_dict(), tmp_path / "weights.pth")
-        _, other = pair()
-        other.load_state_dict(torch.load(tmp_path / "weights.pth"))
-        assert self.joint(other)
-        assert_same(list(other.buffers()), list(textbook.buffers()))
-
-    def test_that_a_norm_moves_by_itself(self) -> None:
-        """A cell that runs as in the textbook after all can be differentiated: no norm has changed another's."""
-        textbook, fused = pair()
-        for network in (textbook, fused):
-            for cell in network.space.cells:
-                MixedCell.forward(cell, *inputs(cell)).sum().backward()
-        assert_same(list(fused.buffers()), list(textbook.buffers()))
 
 
 class TestPureFunction:
