@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from scipy.sparse.linalg import LinearOperator, eigsh
 from torch import Tensor
 
-from nni_cream.differentiation import differentiated_twice
+from nni_cream.differentiation import without_weights
 
 _TOLERANCE: Final = 1e-3
 
@@ -27,7 +27,7 @@ def dominant_eigenvalue(loss: Callable[[Sequence[Tensor]], Tensor], alphas: Sequ
         alphas: where; they are not changed.
     """
     variables = [alpha.detach().requires_grad_() for alpha in alphas]
-    with torch.enable_grad(), differentiated_twice():
+    with torch.enable_grad(), without_weights():
         gradients = torch.autograd.grad(
             loss(variables), variables, create_graph=True, allow_unused=True, materialize_grads=True
         )
@@ -36,9 +36,10 @@ def dominant_eigenvalue(loss: Callable[[Sequence[Tensor]], Tensor], alphas: Sequ
     def product(vector: NDArray[np.float64]) -> NDArray[np.float64]:
         pieces = torch.from_numpy(np.asarray(vector, dtype=np.float64).reshape(-1)).split(sizes)
         directions = [piece.view(a.shape).to(a) for piece, a in zip(pieces, alphas, strict=True)]
-        rows = torch.autograd.grad(
-            gradients, variables, directions, retain_graph=True, allow_unused=True, materialize_grads=True
-        )
+        with without_weights():
+            rows = torch.autograd.grad(
+                gradients, variables, directions, retain_graph=True, allow_unused=True, materialize_grads=True
+            )
         flat: NDArray[np.float64] = torch.cat([row.flatten() for row in rows]).double().cpu().numpy()
         return flat
 

@@ -1,4 +1,4 @@
-"""Whether the gradient of a loss is going to be differentiated itself, which calls for other operations in between."""
+"""Which derivatives a backward pass is asked for: autograd tells its own nodes, but none that are written in Python."""
 
 from __future__ import annotations
 
@@ -6,23 +6,24 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
-_twice: ContextVar[bool] = ContextVar("twice", default=False)
+_without_weights: ContextVar[bool] = ContextVar("without_weights", default=False)
 
 
 @contextmanager
-def differentiated_twice() -> Iterator[None]:
-    """Let losses that are computed inside have gradients that are themselves cheap to differentiate.
+def without_weights() -> Iterator[None]:
+    """Let backward passes that run inside leave out the gradients of weights, which nobody asks for.
 
-    Gradients can be differentiated outside too, but then parts of a fused cell are computed again. Forward mode passes
-    a fused cell only inside.
+    A node written in Python computes the gradients of all its inputs otherwise, also where ``torch.autograd.grad``
+    wants those of α alone. It may run once around the pass that gives a gradient, and once around that which
+    differentiates it. Backward passes on other devices than the CPU run in threads of their own, and leave nothing out.
     """
-    token = _twice.set(True)
+    token = _without_weights.set(True)
     try:
         yield
     finally:
-        _twice.reset(token)
+        _without_weights.reset(token)
 
 
-def is_differentiated_twice() -> bool:
-    """Tell whether this runs inside of :func:`differentiated_twice`."""
-    return _twice.get()
+def leaves_out_weights() -> bool:
+    """Tell whether this runs inside of :func:`without_weights`."""
+    return _without_weights.get()

@@ -23,7 +23,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from nni_cream.differentiation import differentiated_twice
+from nni_cream.differentiation import without_weights
 from nni_cream.errors import UserError
 
 Loss = Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor]
@@ -176,7 +176,7 @@ def exact(
         alphas: α.
         step: the step of the weights, from :func:`sgd_step`.
     """
-    with _leaves(weights) as variables, _leaves(alphas) as architecture, differentiated_twice():
+    with _leaves(weights) as variables, _leaves(alphas) as architecture:
         loss = train_loss(variables, architecture)
         slopes = torch.autograd.grad(loss, variables, create_graph=True, allow_unused=True)
     learns = [slope is not None for slope in slopes]
@@ -184,13 +184,14 @@ def exact(
     moving = [(s, v) for s, v in zip(slopes, unrolled.direction, strict=True) if s is not None and s.requires_grad]
     if not moving:
         return unrolled.hypergradient(tuple(torch.zeros_like(alpha) for alpha in alphas))
-    implicit: Any = torch.autograd.grad(
-        [slope for slope, _ in moving],
-        architecture,
-        [-direction for _, direction in moving],
-        allow_unused=True,
-        materialize_grads=True,
-    )
+    with without_weights():
+        implicit: Any = torch.autograd.grad(
+            [slope for slope, _ in moving],
+            architecture,
+            [-direction for _, direction in moving],
+            allow_unused=True,
+            materialize_grads=True,
+        )
     return unrolled.hypergradient(tuple(implicit))
 
 

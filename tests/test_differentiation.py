@@ -2,20 +2,20 @@ from __future__ import annotations
 
 import pytest
 
-from nni_cream.differentiation import differentiated_twice, is_differentiated_twice
+from nni_cream.differentiation import leaves_out_weights, without_weights
 
 
 def test_only_inside() -> None:
-    assert not is_differentiated_twice()
-    with differentiated_twice():
-        assert is_differentiated_twice()
-        with differentiated_twice():
+    assert not leaves_out_weights()
+    with without_weights():
+        assert leaves_out_weights()
+        with without_weights():
             pass
-        assert is_differentiated_twice()
-    assert not is_differentiated_twice()
+        assert leaves_out_weights()
+    assert not leaves_out_weights()
 
 
 def test_not_after_an_error() -> None:
-    with pytest.raises(ZeroDivisionError), differentiated_twice():
+    with pytest.raises(ZeroDivisionError), without_weights():
         raise ZeroDivisionError
-    assert not is_differentiated_twice()
+    assert not leaves_out_weights()

@@ -8,12 +8,14 @@ that gains.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Final, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from nni_cream.differentiation import leaves_out_weights
 
 Pair = tuple[int, int]
 
@@ -170,6 +172,10 @@ def _differentiable(form: type[_Form], first: Tensor, second: Tensor, geometry: 
     return result
 
 
+def _wants_weight(needs: Sequence[bool]) -> bool:
+    return needs[1] and not leaves_out_weights()
+
+
 class _Convolve(_Form):
     """(input, weight) to output."""
 
@@ -188,7 +194,7 @@ class _Convolve(_Form):
             return *_torch_gradients(grad, features, weight, ctx.geometry, (needs[0], needs[1])), None
         return (
             _differentiable(_InputGradient, grad, weight, ctx.geometry) if needs[0] else None,
-            _differentiable(_WeightGradient, features, grad, ctx.geometry) if needs[1] else None,
+            _differentiable(_WeightGradient, features, grad, ctx.geometry) if _wants_weight(needs) else None,
             None,
         )
 
@@ -212,7 +218,7 @@ class _InputGradient(_Form):
         needs = ctx.needs_input_grad
         return (
             _differentiable(_Convolve, grad, weight, ctx.geometry) if needs[0] else None,
-            _differentiable(_WeightGradient, grad, output_grad, ctx.geometry) if needs[1] else None,
+            _differentiable(_WeightGradient, grad, output_grad, ctx.geometry) if _wants_weight(needs) else None,
             None,
         )
 

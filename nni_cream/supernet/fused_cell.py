@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from nni_cream.genotype import CELL_INPUTS, edges_of
 from nni_cream.models.darts_operations import FactorizedReduce, SepConv, Zero
 from nni_cream.models.operations import DilConv
+from nni_cream.supernet.copies import concatenated, repeated
 from nni_cream.supernet.depthwise import DepthwiseConv2d, convolve
 from nni_cream.supernet.mixed import MixingWeights
 from nni_cream.supernet.mixed_cell import MixedCell
@@ -127,7 +128,7 @@ class FusedCell(MixedCell):
         rows = self._weights().unbind()
         mixing = torch.stack([rows[row] for row in self._order], dim=1).split(self._fan_out, dim=1)
         statistics = Statistics(self._norms, self._running) if self._norms else None
-        state = torch.cat([self.preprocess0(before_last), self.preprocess1(last)], dim=1)
+        state = concatenated([self.preprocess0(before_last), self.preprocess1(last)], dim=1)
         nodes: list[Tensor] = []
         pending: Tensor | None = None
         for departure, weights in zip(self._departures, mixing, strict=True):
@@ -140,7 +141,7 @@ class FusedCell(MixedCell):
             nodes.append(state)
         if statistics is not None:
             statistics.remember()
-        return torch.cat(nodes[-self.concat :], dim=1)
+        return concatenated(nodes[-self.concat :], dim=1)
 
     def _plan(self, states: Sequence[int], rows: Sequence[int]) -> Departure:
         stride = 2 if self.kind == "reduce" and states[0] < CELL_INPUTS else 1
@@ -316,14 +317,14 @@ def _separate(
     """Separable convolutions: all of a kind as one, up to the sums that end them, to which the rest is added."""
     nodes = departure.nodes
     edges = nodes * departure.states
-    repeated: dict[int, Tensor] = {}
+    inputs: dict[int, Tensor] = {}
     reached: dict[int, Tensor] = {}
     for column, stages in departure.separable.items():
         # A convolution whose taps are as far apart as its outputs sees no other pixels.
         step = departure.stride if _skips_pixels(stages[0].depthwise[0]) else 1
-        if step not in repeated:
-            repeated[step] = torch.cat([active[:, :, ::step, ::step]] * nodes, dim=1)
-        reached[column] = _convolve(stages[0], repeated[step], step)
+        if step not in inputs:
+            inputs[step] = repeated(active[:, :, ::step, ::step], nodes)
+        reached[column] = _convolve(stages[0], inputs[step], step)
     depth = 1
     while deeper := {c: stages for c, stages in departure.separable.items() if len(stages) > depth}:
         weight, norms = _ends([stages[depth - 1] for stages in deeper.values()])
@@ -362,7 +363,7 @@ def _skips_pixels(layer: Any) -> bool:
 
 def _convolve(stage: Stage, features: Tensor, step: int = 1) -> Tensor:
     """Convolve depthwise, with every ``step``-th pixel given."""
-    weight = torch.cat([layer.weight for layer in stage.depthwise])
+    weight = concatenated([layer.weight for layer in stage.depthwise])
     first = stage.depthwise[0]
     stride, padding, dilation = (
         tuple(number // step for number in pair) for pair in (first.stride, first.padding, first.dilation)
@@ -372,6 +373,6 @@ def _convolve(stage: Stage, features: Tensor, step: int = 1) -> Tensor:
 
 def _ends(stages: Sequence[Stage]) -> tuple[Tensor, list[Any]]:
     """Return the weights of pointwise convolutions, [M, out, in], and the norms that follow them."""
-    weight = torch.cat([layer.weight for stage in stages for layer in stage.pointwise]).flatten(1)
+    weight = concatenated([layer.weight for stage in stages for layer in stage.pointwise]).flatten(1)
     channels = stages[0].norms[0].num_features
     return weight.view(-1, channels, weight.shape[1]), [norm for stage in stages for norm in stage.norms]

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
 
+from nni_cream.differentiation import without_weights
 from nni_cream.models.darts_operations import build_operation
 from nni_cream.supernet.depthwise import DepthwiseConv2d, with_explicit_derivatives
 
@@ -243,3 +244,20 @@ class TestReplacement:
         with torch.no_grad():
             ours.weight.zero_()
         torch.testing.assert_close(twin(images(LARGE)), theirs(images(LARGE)))
+
+
+def test_without_weights() -> None:
+    case = Case(5, 1, 2, 1, (8, 8))
+    layer, _ = layers(case)
+    features = images(case).requires_grad_()
+    (expected,) = torch.autograd.grad(layer(features).sin().sum(), features)
+    with without_weights():
+        slopes = torch.autograd.grad(layer(features).sin().sum(), [features, layer.weight], allow_unused=True)
+    assert torch.equal(slopes[0], expected)
+    assert slopes[1] is None
+    # Of a gradient likewise: it was recorded outside.
+    given, weight = torch.autograd.grad(layer(features).sin().sum(), [features, layer.weight], create_graph=True)
+    everything = given.square().sum() + weight.square().sum()
+    (expected,) = torch.autograd.grad(everything, features, retain_graph=True)
+    with without_weights():
+        torch.testing.assert_close(torch.autograd.grad(everything, features)[0], expected, rtol=0, atol=0)

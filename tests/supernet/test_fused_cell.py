@@ -1,22 +1,25 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
+import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nni_cream.curvature import dominant_eigenvalue
+from nni_cream.differentiation import leaves_out_weights
 from nni_cream.errors import UserError
 from nni_cream.hypergradient import exact, finite_difference, first_order, sgd_step
 from nni_cream.models import darts_operations
 from nni_cream.models.darts_operations import OPERATIONS, PAPER_OPERATIONS
 from nni_cream.strategies.darts import DartsStrategy
-from nni_cream.supernet import fused_cell, stages
+from nni_cream.supernet import depthwise, fused_cell, stages
 from nni_cream.supernet.batch_norm import batch_statistics, recalibrated
 from nni_cream.supernet.functional import pure_loss
 from nni_cream.supernet.fused_cell import FusedCell
@@ -315,20 +318,53 @@ class TestPureFunction:
         assert all(torch.equal(a, b) for a, b in zip(before, fused.state_dict().values(), strict=True))
         assert all(parameter.grad is None for parameter in fused.parameters())
 
-    def test_nothing_is_computed_again_to_be_differentiated(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_stages_are_one_operation_where_gradients_are_differentiated(self, monkeypatch: pytest.MonkeyPatch) -> None:
         _, fused = pair(operations=("none", "sep_conv_3x3"))
 
-        def again(*_: Any) -> Any:
-            raise AssertionError("a stage ran a second time")
+        def by_parts(*_: Any) -> Any:
+            raise AssertionError("a stage ran by parts")
 
-        monkeypatch.setattr(stages, "_gradients_by_parts", again)
+        monkeypatch.setattr(stages, "_end_by_parts", by_parts)
         loss, _, weights, alphas, _ = functions = self.functions(fused)
         exact(*functions)
         dominant_eigenvalue(lambda tables: loss(weights, tables), alphas)
-        # Where nobody has said that it will be.
-        variables = [weight.detach().requires_grad_() for weight in weights]
-        with pytest.raises(AssertionError, match="second time"):
-            torch.autograd.grad(loss(variables, alphas), variables, create_graph=True, allow_unused=True)
+        with pytest.raises(AssertionError, match="by parts"), forward_ad.dual_level():
+            loss(weights, [forward_ad.make_dual(alpha.detach(), torch.ones_like(alpha)) for alpha in alphas])
+
+    def test_weights_get_no_second_derivative(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """α is all that the exact hypergradient is asked for in the end."""
+        for network in pair(operations=("none", "sep_conv_3x3")):
+            computed = []
+            weight_gradient = depthwise._weight_gradient
+
+            def count(*arguments: Any, computed: Any = computed, compute: Any = weight_gradient) -> Tensor:
+                computed.append(leaves_out_weights())
+                gradient: Tensor = compute(*arguments)
+                return gradient
+
+            monkeypatch.setattr(depthwise, "_weight_gradient", count)
+            monkeypatch.setattr(depthwise._WeightGradient, "compute", staticmethod(count))
+            exact(*self.functions(network))
+            monkeypatch.undo()
+            convolutions = sum(isinstance(module, depthwise.DepthwiseConv2d) for module in network.modules())
+            assert 0 < len(computed) <= 2 * convolutions
+            assert not any(computed)
+
+    def test_what_was_differentiated_twice_is_let_go(self) -> None:
+        _, fused = pair()
+        kept = []
+        for end in (False, True):
+            loss, _, weights, alphas, _ = self.functions(fused)
+            variables = [weight.detach().requires_grad_() for weight in weights]
+            architecture = [alpha.detach().requires_grad_() for alpha in alphas]
+            slopes = torch.autograd.grad(loss(variables, architecture), variables, create_graph=True, allow_unused=True)
+            if end:
+                torch.autograd.grad(
+                    sum(slope.sum() for slope in slopes if slope is not None), architecture, allow_unused=True
+                )
+            kept += [weakref.ref(variable) for variable in variables]
+            del slopes, variables
+        assert not any(each() is not None for each in kept)
 
     def test_given_weights_count(self) -> None:
         textbook, fused = pair()
