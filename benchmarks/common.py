@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import shutil
 import statistics
@@ -72,12 +73,22 @@ def make_parser(description: str | None) -> argparse.ArgumentParser:
 
 
 def seconds_of(work: Callable[[], Any], device: str) -> float:
-    """Return how long ``work`` takes, on a GPU until that has done all of it."""
+    """Return how long ``work`` takes, on a GPU until that has done all of it.
+
+    Without Python's collector of garbage, as in ``timeit``: it goes through the networks of all sizes that a benchmark
+    holds, which takes a second, in whichever step its turn comes.
+    """
     finish(device)
-    started = time.perf_counter()
-    work()
-    finish(device)
-    return time.perf_counter() - started
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        started = time.perf_counter()
+        work()
+        finish(device)
+        return time.perf_counter() - started
+    finally:
+        if collects:
+            gc.enable()
 
 
 def finish(device: str) -> None:

@@ -19,7 +19,7 @@ from nni_cream.runs import read_json
 SCRIPTS = {
     "fused_cell": ("--repeats", "4", "--rounds", "2"),
     "cream_step": ("--repetitions", "7"),
-    "scaling": ("--repeats", "2"),
+    "scaling": ("--repeats", "3"),
     "input_share": (),
 }
 

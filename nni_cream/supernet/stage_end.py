@@ -162,7 +162,8 @@ class _EndGradient(torch.autograd.Function):
         weight, mixing, *saved = ctx.saved_tensors
         kinds, edges, nodes, _ = ending
         inputs, outputs = (saved[:kinds], saved[kinds:]) if nodes is None else (saved[:-1], saved[-1:])
-        of_weight, of_mixing, of_bias, *of_inputs = cotangents
+        of_weight, of_mixing, of_bias, *given = cotangents
+        of_inputs = [None if along is None else along.contiguous() for along in given]
         matrices, directions = inputs[:kinds], of_inputs[:kinds]
         rows, channels = matrices[0].shape[0], weight.shape[2]
         blocks = block_count(edges, channels)

@@ -102,6 +102,22 @@ class TestDerivatives:
         assert gradcheck(of_nodes, (*stage(), *additions()), fast_mode=True)
         assert gradgradcheck(of_nodes, (*stage(), *additions()), fast_mode=True)
 
+    def test_whatever_the_memory_of_what_arrives(self) -> None:
+        """Cotangents are expanded where a sum is differentiated, and can be transposed."""
+        given = (*stage(16), *additions(16))
+        for function, variables in ((of_edges, given[:3]), (of_nodes, given)):
+            results = function(*variables)
+            total = sum(r.sin().sum() for r in (results if isinstance(results, tuple) else (results,)))
+            assert isinstance(total, Tensor)
+            slopes = torch.autograd.grad(total, variables, create_graph=True)
+            seconds = []
+            for change in (lambda t: t.contiguous(), lambda t: t, lambda t: t.mT.contiguous().mT if t.dim() > 1 else t):
+                along = [change(torch.ones((), dtype=slope.dtype).expand_as(slope)) for slope in slopes]
+                seconds.append(torch.autograd.grad(slopes, variables, along, retain_graph=True))
+            for other in seconds[1:]:
+                for a, b in zip(other, seconds[0], strict=True):
+                    torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
     def test_by_forward_mode(self) -> None:
         for function, given in ((of_edges, stage()), (of_nodes, (*stage(), *additions()))):
             assert gradcheck(function, given, check_forward_ad=True, fast_mode=True)
