@@ -131,8 +131,9 @@ class _End(torch.autograd.Function):
             slopes = _EndGradient.apply(ending, kept, weight, mixing, *inputs, *outputs)
         else:
             outputs = tuple(output.contiguous() for output in outputs)
-            for output, result in zip(outputs, passed, strict=False):
-                torch.ops.aten.threshold_backward.grad_input(output, result, 0, grad_input=output)
+            if ending.nodes is None:
+                for output, result in zip(outputs, passed, strict=True):
+                    torch.ops.aten.threshold_backward.grad_input(output, result, 0, grad_input=output)
             slopes = _first_gradients(ending, kept, weight, mixing, inputs, outputs)[0]
         by_weight, by_mixing, by_bias, *by_inputs = slopes
         return None, by_weight, by_mixing, by_bias, outputs[0] if needs[3] else None, *by_inputs
