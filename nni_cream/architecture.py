@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -55,9 +56,9 @@ class CreamPath:
             UserError: if the text is not a list of lists of whole numbers.
         """
         hint = f"{text!r} is not a Cream path; write one list a stage, as in [[0], [3], [3, 1], [3, 1], [3], [3], [0]]."
-        body = text.strip()
-        if not body.startswith("[["):
-            body = f"[{body.replace('] [', '], [')}]"
+        body = re.sub(r"\]\s*\[", "], [", text.strip())
+        if not re.match(r"\[\s*\[", body):
+            body = f"[{body}]"
         try:
             value = ast.literal_eval(body)
         except (ValueError, SyntaxError, MemoryError, RecursionError):

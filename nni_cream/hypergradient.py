@@ -51,15 +51,27 @@ class ParameterStep:
 Step = Sequence[ParameterStep]
 
 
+def sgd_numbers(optimizer: torch.optim.Optimizer, device: torch.device) -> Tensor:
+    """Return what schedules may change of SGD, [groups, 3]: learning rate, momentum, and weight decay.
+
+    What is recorded reads these numbers from a tensor, and would go on with the present ones else.
+    """
+    return torch.tensor([_numbers_of(group) for group in optimizer.param_groups], dtype=torch.float64, device=device)
+
+
+def _numbers_of(group: dict[str, Any]) -> Sequence[Any]:
+    return [float(group[name]) for name in ("lr", "momentum", "weight_decay")]
+
+
 def sgd_step(
-    optimizer: torch.optim.Optimizer, weights: Sequence[Tensor], rates: Tensor | None = None
+    optimizer: torch.optim.Optimizer, weights: Sequence[Tensor], numbers: Tensor | None = None
 ) -> list[ParameterStep]:
     """Return what the next step of ``optimizer`` does to ``weights``, apart from their gradient.
 
     Args:
         optimizer: of the weights.
         weights: w.
-        rates: the learning rate of each of its groups, [groups], in place of its own numbers.
+        numbers: of each of its groups, from :func:`sgd_numbers`, in place of its own.
 
     Raises:
         UserError: if it is not ``torch.optim.SGD``, or dampens or maximises: its step is another formula then.
@@ -73,12 +85,11 @@ def sgd_step(
     for position, group in enumerate(optimizer.param_groups):
         if group["dampening"] or group["maximize"]:
             raise UserError("The unrolled step knows neither dampening nor maximize; leave them out of the optimizer.")
-        lr = float(group["lr"]) if rates is None else rates[position]
-        momentum = float(group["momentum"])
+        lr, momentum, weight_decay = _numbers_of(group) if numbers is None else numbers[position].unbind()
         scale, drift = (lr * (1 + momentum), lr * momentum**2) if group["nesterov"] else (lr, lr * momentum)
         for parameter in group["params"]:
             buffer = optimizer.state.get(parameter, {}).get("momentum_buffer")
-            steps[parameter] = ParameterStep(scale, scale * float(group["weight_decay"]), drift, buffer)
+            steps[parameter] = ParameterStep(scale, scale * weight_decay, drift, buffer)
     # What the optimizer does not know stays where it is.
     return [steps.get(weight, ParameterStep(0.0, 0.0, 0.0, None)) for weight in weights]
 

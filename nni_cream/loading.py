@@ -11,6 +11,7 @@ import torch
 from lightning_fabric.utilities.data import _set_sampler_epoch
 from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler
 
+from nni_cream.randomness import seed_streams, streams_kept
 from nni_cream.resident import ResidentImages
 from nni_cream.shards import Shards, Shuffled
 
@@ -104,6 +105,20 @@ class TrainingBatches(Batches):
 
 
 def first_batches(loader: Any, number: int, epoch: int) -> Iterator[Any]:
-    """Return the first batches of ``loader`` in ``epoch``, the same ones whatever has been loaded before."""
+    """Give the first batches of ``loader`` in ``epoch``, the same ones whatever has been loaded before."""
     _set_sampler_epoch(loader, epoch)
-    return itertools.islice(loader, number)
+    # Loaders that are not ours draw their order, and what varies images, from the random streams of the process.
+    with streams_kept():
+        seed_streams(epoch)
+        yield from itertools.islice(loader, number)
+
+
+def validation_loader(evaluator: Any) -> Any:
+    """Return what a Lightning evaluator validates on, before its trainer has asked for it; None for nothing."""
+    data = evaluator.datamodule
+    if not data:
+        return evaluator.val_dataloaders
+    # As Lightning does, which does it once more when training begins.
+    data.prepare_data()
+    data.setup("fit")
+    return data.val_dataloader()

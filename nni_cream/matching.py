@@ -24,9 +24,14 @@ class MatchingLayer(nn.Module):
         self.linear = nn.Linear(images * classes, 1)
 
     def forward(self, student: Tensor, stored: Tensor) -> Tensor:
-        """Compare softmax outputs ``student`` with ``stored``, both [entries, n, C], and return logits [entries]."""
-        logits: Tensor = self.linear((student - stored).flatten(1)).squeeze(1)
-        return logits
+        """Compare softmax outputs ``student`` with ``stored``, both [entries, n, C], and return logits [entries].
+
+        In the layer's own precision: the slope that it learns from would be 0 in a shorter one.
+        """
+        difference = (student - stored).flatten(1).to(self.linear.weight.dtype)
+        with torch.autocast(difference.device.type, enabled=False):
+            logits: Tensor = self.linear(difference)
+        return logits.squeeze(1)
 
 
 def inner_product(left: Iterable[Tensor], right: Iterable[Tensor]) -> Tensor:
@@ -57,4 +62,6 @@ def matching_gradient(
         One gradient for every tensor of ``parameters``.
     """
     slope = -learning_rate * inner_product(validation_gradient, teaching_gradient)
-    return torch.autograd.grad(weight, list(parameters), grad_outputs=slope.to(weight.dtype).reshape(weight.shape))
+    # Products of a backward pass would be in the precision of autocast, too.
+    with torch.autocast(weight.device.type, enabled=False):
+        return torch.autograd.grad(weight, list(parameters), grad_outputs=slope.to(weight.dtype).reshape(weight.shape))

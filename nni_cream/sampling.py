@@ -30,8 +30,8 @@ class CostUnit:
     what: str
 
     def told(self, cost: float) -> str:
-        """Write ``cost`` with its sign."""
-        return f"{cost / self.steps:.6g} {self.sign}"
+        """Write ``cost`` with its sign, to its last digit: it may be copied as a bound."""
+        return f"{cost / self.steps:.12g} {self.sign}"
 
 
 MACS: Final = CostUnit(1_000_000, "M", "multiply-accumulates")

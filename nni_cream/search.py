@@ -77,7 +77,7 @@ def search_cream(recipe: CreamRecipe, directory: RunDirectory) -> Child:
     budget: dict[str, Any]
     if table is None:
         refuse_unreachable(recipe.flops, plan, options, splits.num_classes)
-        budget = {"flops_range": (recipe.flops.min * _MILLION, recipe.flops.max * _MILLION)}
+        budget = {"flops_range": flops_range(recipe.flops)}
     else:
         budget = {"latency": latency_budget(recipe, table, space, plan)}
     arrange_in_memory(space, recipe.device)
@@ -268,6 +268,12 @@ def result_of(child: Child) -> dict[str, Any]:
     }
 
 
+def flops_range(flops: Flops) -> tuple[float, float]:
+    """Return the interval of a recipe in multiply-accumulates."""
+    # A product with a binary fraction may miss the whole number that is meant.
+    return round(flops.min * _MILLION, 3), round(flops.max * _MILLION, 3)
+
+
 def refuse_unreachable(flops: Flops, plan: SpacePlan, options: Mapping[str, Any], num_classes: int) -> None:
     """Make sure that the interval holds networks of some depth.
 
@@ -287,7 +293,7 @@ def refuse_unreachable(flops: Flops, plan: SpacePlan, options: Mapping[str, Any]
     if flops.max < low or flops.min > high:
         raise UserError(
             f"No network costs {flops.min:g} M to {flops.max:g} M multiply-accumulates (flops.min to flops.max) at "
-            f"{plan.resolution} pixels: those of this space cost {low:.4g} M to {high:.4g} M."
+            f"{plan.resolution} pixels: those of this space cost {low:.12g} M to {high:.12g} M."
         )
 
 

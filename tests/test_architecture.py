@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import re
 
 import pytest
@@ -18,6 +19,9 @@ STAGES = ((0,), (3,), (3, 1), (3, 1), (3, 3, 3), (3, 3), (0,))
         "[0] [3] [3,1] [3,1] [3,3,3] [3,3] [0]",
         "[0], [3], [3, 1], [3, 1], [3, 3, 3], [3, 3], [0]",
         "  [0] [3] [3, 1] [3, 1] [3, 3, 3] [3, 3] [0]\n",
+        "[0]  [3] [3, 1]\n[3, 1] [3, 3, 3] [3, 3] [0]",
+        "[ [0], [3], [3, 1], [3, 1], [3, 3, 3], [3, 3], [0] ]",
+        json.dumps(STAGES, indent=2),
     ],
 )
 def test_every_text_form_is_the_same_path(text: str) -> None:
@@ -77,6 +81,7 @@ def test_paths_are_ordered_and_hashable_like_tuples() -> None:
         ("[0] ['3'] [0]", "Stage 1 of the Cream path holds '3'"),
         ("[0] [[3]] [0]", "Stage 1 of the Cream path holds [3]"),
         ("0 3 1", "'0 3 1' is not a Cream path"),
+        ("[0] [3 1] [0]", "is not a Cream path"),
         ("0, 3, 1", "'0, 3, 1' is not a Cream path"),
         ("[[0], [3]", "'[[0], [3]' is not a Cream path"),
         ("[0] [x]", "'[0] [x]' is not a Cream path"),

@@ -76,6 +76,18 @@ class TestQuadratic:
         # Its curvature is 0, which is more than negative.
         assert dominant_eigenvalue(lambda alphas: -loss(alphas), [random(3), random(3)]) == pytest.approx(0, abs=1e-3)
 
+    @pytest.mark.parametrize("size", [2, 30, 112])
+    def test_few_different_eigenvalues(self, size: int) -> None:
+        loss = lambda alphas: -(alphas[0] ** 2).sum()  # noqa: E731
+        assert dominant_eigenvalue(loss, [random(size), random(size)]) == pytest.approx(0, abs=1e-6)
+
+    def test_no_curvature_at_all(self) -> None:
+        alphas, weights = [random(4, 1), random(3)], random(3)
+        # What a softmax makes of single operations; a linear function; one that does not depend on α.
+        assert dominant_eigenvalue(lambda alphas: alphas[0].softmax(-1).square().sum(), alphas) == 0
+        assert dominant_eigenvalue(lambda alphas: alphas[1] @ weights, alphas) == 0
+        assert dominant_eigenvalue(lambda alphas: weights.sum(), alphas) == 0
+
 
 class TestNetwork:
     def loss(self, alphas: Sequence[Tensor]) -> Tensor:

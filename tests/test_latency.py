@@ -258,9 +258,9 @@ class TestDraws:
         with pytest.raises(UserError) as caught:
             self.budget(low, high).sampler(sizes_of(self.SPACE))
         assert str(caught.value) == (
-            f"No path costs {low:.6g} ms to {high:.6g} ms a batch: the paths of this space cost "
-            f"{float(ordered[0]):.6g} ms to {float(ordered[-1]):.6g} ms, and those nearest to the interval "
-            f"{float(below):.6g} ms and {float(above):.6g} ms."
+            f"No path costs {low:.12g} ms to {high:.12g} ms a batch: the paths of this space cost "
+            f"{float(ordered[0]):.12g} ms to {float(ordered[-1]):.12g} ms, and those nearest to the interval "
+            f"{float(below):.12g} ms and {float(above):.12g} ms."
         )
 
     def test_of_a_space_with_other_choices_are_refused(self) -> None:

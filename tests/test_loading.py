@@ -11,7 +11,7 @@ import psutil
 import pytest
 import torch
 from torch import Tensor
-from torch.utils.data import BatchSampler, SequentialSampler
+from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
 
 from nni_cream.data import Augmentation, LabelledImages, load_data
 from nni_cream.loading import Batches, TrainingBatches, first_batches
@@ -194,6 +194,15 @@ class TestFirstBatches:
             found = loaded(first_batches(used, number, epoch=9))
         assert same(found, expected)
         assert not same(loaded(itertools.islice(used, 3)), loaded(first_batches(used, 3, epoch=8)))
+
+    def test_of_a_loader_that_draws_its_order(self, images: LabelledImages) -> None:
+        drawn = DataLoader(images, BATCH, shuffle=True)
+        before = streams()
+        first = loaded(first_batches(drawn, 3, epoch=9))
+        assert streams() == before
+        list(drawn)
+        assert same(loaded(first_batches(drawn, 3, epoch=9)), first)
+        assert not same(loaded(first_batches(drawn, 3, epoch=8)), first)
 
 
 def started(images: LabelledImages) -> tuple[Any, psutil.Process]:

@@ -244,3 +244,20 @@ def test_the_layer_comes_to_prefer_the_useful_teacher(seed: int) -> None:
     assert chosen[0] == 1
     assert set(chosen[-100:]) == {0}
     assert weights[-1][0] > max(weights[0][0], weights[-1][1], 0.5)
+
+
+@pytest.mark.parametrize("precision", [torch.float16, torch.bfloat16])
+def test_the_layer_learns_in_its_own_precision_under_autocast(precision: torch.dtype) -> None:
+    """A slope of 5e-8, as of a small learning rate, is 0 in float16."""
+    torch.manual_seed(0)
+    matching = MatchingLayer(IMAGES, CLASSES)
+    answers, stored = (torch.randn(1, IMAGES, CLASSES).softmax(-1) for _ in range(2))
+
+    def gradients(enabled: bool) -> tuple[Tensor, ...]:
+        with torch.autocast("cpu", precision, enabled):
+            weight = matching(answers, stored).squeeze().sigmoid()
+            return matching_gradient(weight, list(matching.parameters()), [torch.tensor(0.05)], [torch.ones(())], 1e-6)
+
+    for ours, exact in zip(gradients(True), gradients(False), strict=True):
+        assert exact.norm() > 0
+        assert torch.equal(ours, exact)

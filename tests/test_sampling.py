@@ -231,10 +231,10 @@ def refusal(costs: list[int], low: float, high: float) -> str:
     """The message, from the costs of all paths in ascending order."""
     below = [cost for cost in costs if cost < low]
     above = [cost for cost in costs if cost >= low and cost > high]
-    nearest = " and ".join(f"{cost / 1e6:.6g} M" for cost in (*below[-1:], *above[:1]))
+    nearest = " and ".join(f"{cost / 1e6:.12g} M" for cost in (*below[-1:], *above[:1]))
     return (
-        f"No path costs {low / 1e6:.6g} M to {high / 1e6:.6g} M multiply-accumulates: the paths of this space cost "
-        f"{costs[0] / 1e6:.6g} M to {costs[-1] / 1e6:.6g} M, and those nearest to the interval {nearest}."
+        f"No path costs {low / 1e6:.12g} M to {high / 1e6:.12g} M multiply-accumulates: the paths of this space cost "
+        f"{costs[0] / 1e6:.12g} M to {costs[-1] / 1e6:.12g} M, and those nearest to the interval {nearest}."
     )
 
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -28,6 +29,7 @@ from nni_cream.recipe_files import load_recipe, parse_override, to_yaml
 from nni_cream.reporting import Reporter
 from nni_cream.runs import RunDirectory
 from nni_cream.search import (
+    flops_range,
     latency_table_of,
     load_splits,
     make_loader,
@@ -676,8 +678,16 @@ def test_intervals_without_any_network_are_refused(
     assert refusal(high + 1e-6, 1000)
     assert refusal(0.01, 0.02) == (
         "No network costs 0.01 M to 0.02 M multiply-accumulates (flops.min to flops.max) at "
-        f"{resolution} pixels: those of this space cost {low:.4g} M to {high:.4g} M."
+        f"{resolution} pixels: those of this space cost {low:.12g} M to {high:.12g} M."
     )
+
+
+def test_an_interval_may_end_at_the_cost_of_a_path() -> None:
+    costs = [33_554_283, *np.random.default_rng(0).integers(3_000_000, 600_000_000, 2000).tolist()]
+    assert any(float(f"{cost / 1e6:.6f}") * 1e6 != cost for cost in costs)
+    for cost in costs:
+        told = float(f"{cost / 1e6:.6f}")
+        assert flops_range(Flops(min=told, max=told)) == (cost, cost)
 
 
 def test_further_operations_widen_the_interval() -> None:

@@ -7,7 +7,7 @@ NeurIPS 2020.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import nni
 import torch
@@ -20,7 +20,8 @@ from nni.nas.space import RawFormatModelSpace
 from nni_cream.cost import CostTable, measure_space
 from nni_cream.errors import UserError
 from nni_cream.latency import LatencyBudget
-from nni_cream.strategies.cream_module import CreamLightningModule, CreamSettings
+from nni_cream.loading import validation_loader
+from nni_cream.strategies.cream_module import CreamLightningModule, CreamSettings, NamedPrior, Teacher
 from nni_cream.supernet.batch_norm import batch_statistics
 from nni_cream.supernet.paths import PathSpace
 
@@ -59,7 +60,7 @@ class CreamStrategy(OneShotStrategy):
         mutation_hooks: as in NNI.
 
     Raises:
-        UserError: if both ``flops_range`` and ``latency`` are given.
+        UserError: if both ``flops_range`` and ``latency`` are given, or an argument is out of its range.
         UserError: when the search starts, if the interval holds no path, the prior fits no choice, or the space has
             choices that cannot be searched so.
 
@@ -74,8 +75,8 @@ class CreamStrategy(OneShotStrategy):
         board_images: int = 4,
         admission_gap: float = 5.0,
         warmup_epochs: int = 20,
-        prior: Literal["even", "board"] | Sequence[float] | Mapping[str, Sequence[float]] = "even",
-        teacher: Literal["matching", "top1", "none"] = "matching",
+        prior: NamedPrior | Sequence[float] | Mapping[str, Sequence[float]] = "even",
+        teacher: Teacher = "matching",
         flops_range: tuple[float, float] | None = None,
         latency: LatencyBudget | None = None,
         label_smoothing: float = 0.1,
@@ -115,7 +116,9 @@ class CreamStrategy(OneShotStrategy):
         evaluator = model_space.evaluator
         if not isinstance(evaluator, Lightning):
             raise UserError(f"CreamStrategy needs a Lightning evaluator, not a {type(evaluator).__name__}.")
-        loader = self._validation_loader(evaluator)
+        loader = validation_loader(evaluator)
+        if loader is None:
+            raise UserError("CreamStrategy needs validation images in the evaluator: they score the paths.")
         images, _ = next(iter(loader))
         if min(len(images), self.settings.board_images) < 2:
             raise UserError(
@@ -132,13 +135,6 @@ class CreamStrategy(OneShotStrategy):
         if self.ranking_dataloader is None:
             self.ranking_dataloader = loader
         return super()._initialize(model_space, engine)
-
-    @staticmethod
-    def _validation_loader(evaluator: Lightning) -> Any:
-        loader = evaluator.datamodule.val_dataloader() if evaluator.datamodule else evaluator.val_dataloaders
-        if loader is None:
-            raise UserError("CreamStrategy needs validation images in the evaluator: they score the paths.")
-        return loader
 
     def configure_oneshot_module(self, training_module: LightningModule) -> CreamLightningModule:
         """Wrap the evaluator's module in the search."""

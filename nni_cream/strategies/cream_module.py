@@ -11,13 +11,15 @@ import copy
 import functools
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import nni
 import numpy as np
 import torch
 import torch.nn.functional as F
+from lightning_fabric.utilities.data import sized_len
 from nni.mutable import Sample
 from nni.nas.evaluator.pytorch import LightningModule
 from nni.nas.oneshot.pytorch.base_lightning import BaseOneShotLightningModule
@@ -27,6 +29,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader
 
 from nni_cream import soundness
+from nni_cream.arguments import above_zero, at_least, one_of
 from nni_cream.averages import StepMean
 from nni_cream.board import BoardEntry, BoardHistory, PrioritizedBoard
 from nni_cream.cost import Cost, CostTable
@@ -45,6 +48,9 @@ from nni_cream.training import loss_scale
 # Paths that are measured at the end of an epoch while nothing is on the board yet.
 _PROBES = 3
 _TOP1_WEIGHT = 0.5
+
+NamedPrior = Literal["even", "board"]
+Teacher = Literal["matching", "top1", "none"]
 
 
 @dataclass(frozen=True)
@@ -70,14 +76,18 @@ class RankedPath:
 
 @dataclass(frozen=True)
 class CreamSettings:
-    """What :class:`CreamStrategy` is told; the attributes are described there."""
+    """What :class:`CreamStrategy` is told; the attributes are described there.
+
+    Raises:
+        UserError: if one of them is out of its range.
+    """
 
     board_size: int
     board_images: int
     admission_gap: float
     warmup_epochs: int
-    prior: Literal["even", "board"] | Sequence[float] | Mapping[str, Sequence[float]]
-    teacher: Literal["matching", "top1", "none"]
+    prior: NamedPrior | Sequence[float] | Mapping[str, Sequence[float]]
+    teacher: Teacher
     flops_range: tuple[float, float] | None
     latency: LatencyBudget | None
     label_smoothing: float
@@ -85,6 +95,20 @@ class CreamSettings:
     matching_lr: float
     recalibration_batches: int
     seed: int
+
+    def __post_init__(self) -> None:
+        if isinstance(self.prior, str):
+            one_of("prior", self.prior, get_args(NamedPrior))
+        one_of("teacher", self.teacher, get_args(Teacher))
+        at_least(
+            1,
+            board_size=self.board_size,
+            meta_interval=self.meta_interval,
+            recalibration_batches=self.recalibration_batches,
+        )
+        at_least(0, warmup_epochs=self.warmup_epochs, admission_gap=self.admission_gap, seed=self.seed)
+        at_least(0, label_smoothing=self.label_smoothing)
+        above_zero(board_images=self.board_images, matching_lr=self.matching_lr)
 
 
 @dataclass(frozen=True)
@@ -174,6 +198,28 @@ class CreamLightningModule(BaseOneShotLightningModule):
     def _norms(self) -> list[_BatchNorm]:
         return batch_norms(self.model)
 
+    @functools.cached_property
+    def _others(self) -> list[nn.Module]:
+        return [module for module in self.training_module.modules() if not isinstance(module, _BatchNorm)]
+
+    @contextmanager
+    def _judging(self, groups: int = 1) -> Iterator[None]:
+        """Let the supernet answer as when it is validated, by the statistics of the batch, and keep no trace of it.
+
+        Args:
+            groups: as of :func:`batch_statistics`.
+        """
+        # As eval() would do it, but in a hundredth of the milliseconds that it takes for all modules of a supernet.
+        training = [vars(module) for module in self._others if module.training]
+        try:
+            for attributes in training:
+                attributes["training"] = False
+            with torch.no_grad(), batch_statistics(self._norms, groups):
+                yield
+        finally:
+            for attributes in training:
+                attributes["training"] = True
+
     def _activate(self, path: Path) -> None:
         activate(self._choices, self.paths.to_sample(path))
 
@@ -204,14 +250,37 @@ class CreamLightningModule(BaseOneShotLightningModule):
         self.training_module.lr_scheduler_step(scheduler, metric)
 
     def on_fit_start(self) -> None:
-        """Check that the board gets a chance before anything is trained."""
+        """Check, before anything is trained, that paths can be scored and that the board gets a chance.
+
+        Raises:
+            UserError: if they cannot, or it would not.
+        """
         super().on_fit_start()
         refuse_other_strategies(self.trainer)
+        if self.trainer.limit_val_batches == 0:
+            raise UserError(
+                "CreamStrategy scores paths on validation images, but the trainer leaves validations out; leave its "
+                "limit_val_batches above 0."
+            )
         epochs = self.trainer.max_epochs
         if epochs is not None and 0 <= epochs <= self.settings.warmup_epochs:
             raise UserError(
                 f"The board opens after {self.settings.warmup_epochs} warm-up epochs, but training lasts {epochs}: "
                 "no path could ever enter it; set cream.warmup_epochs below epochs."
+            )
+
+    def on_train_start(self) -> None:
+        """Check likewise what is known only now: how many steps an epoch has.
+
+        Raises:
+            UserError: if training ends before the board opens.
+        """
+        super().on_train_start()
+        steps, warmup = self.trainer.max_steps, self.settings.warmup_epochs
+        if 0 <= steps <= warmup * self.trainer.num_training_batches:
+            raise UserError(
+                f"The board opens after {warmup} warm-up epochs of {self.trainer.num_training_batches} steps, but "
+                f"training lasts {steps} steps (max_steps): no path could ever enter it; set warmup_epochs lower."
             )
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor | None:
@@ -277,7 +346,7 @@ class CreamLightningModule(BaseOneShotLightningModule):
             return Teaching(entries[0], torch.tensor(_TOP1_WEIGHT, device=self.device))
         # A board from a checkpoint lies on the CPU.
         images = torch.cat([entry.images for entry in entries]).to(self.device)
-        with torch.no_grad(), alone(), batch_statistics(self._norms, groups=len(entries)):
+        with alone(), self._judging(groups=len(entries)):
             answers = self.training_module(images).softmax(-1).unflatten(0, (len(entries), -1))
         stored = torch.stack([entry.features for entry in entries])
         logits = self.matching(answers, stored.to(answers))
@@ -287,7 +356,7 @@ class CreamLightningModule(BaseOneShotLightningModule):
     def _ask_teacher(self, teaching: Teaching, student: Path, images: Tensor) -> Tensor:
         """Return the teacher's class probabilities for ``images``, and leave the student active."""
         self._activate(teaching.entry.path)
-        with torch.no_grad(), batch_statistics(self._norms):
+        with self._judging():
             answers: Tensor = self.training_module(images).softmax(-1)
         self._activate(student)
         return answers
@@ -369,7 +438,7 @@ class CreamLightningModule(BaseOneShotLightningModule):
         if len(images) * processes() < count or path in self.board or not (room or accuracy > typical):
             return
         held_out, targets = self._next_held_out()
-        with torch.no_grad(), batch_statistics(self._norms):
+        with self._judging():
             score = _percent_correct(self.training_module(held_out), targets)
         macs, latency = self.cost(path).macs, self.latency(path)
         if self.board.admits(score, macs if latency is None else latency):
@@ -379,12 +448,18 @@ class CreamLightningModule(BaseOneShotLightningModule):
 
     def _next_held_out(self) -> tuple[Tensor, Tensor]:
         if self._held_out is None:
+            if self.trainer.val_dataloaders is None:
+                # Lightning asks for it when the first validation is due, which may be epochs later.
+                self.trainer.fit_loop.epoch_loop.val_loop.setup_data()
             loader = copy.copy(self.trainer.val_dataloaders)
             if isinstance(loader, DataLoader):
                 # The validation of an epoch would begin an iterator anew whose workers it shares.
                 loader._iterator = None
             endless = itertools.chain.from_iterable(itertools.repeat(loader))
-            self._held_out = itertools.islice(endless, self._held_out_position % len(loader), None)
+            # One that does not know its length is gone through from the beginning.
+            length = sized_len(loader)
+            first = self._held_out_position % length if length else self._held_out_position
+            self._held_out = itertools.islice(endless, first, None)
         while True:
             self._held_out_position += 1
             batch = next(self._held_out)
@@ -511,7 +586,9 @@ class CreamLightningModule(BaseOneShotLightningModule):
     def export(self) -> Sample:
         """Return the best path as an NNI sample."""
         if not self.ranking:
-            raise RuntimeError("The search has not ended, so there is no best path yet.")
+            raise RuntimeError(
+                "There is no best path: the search has not ended, or it ended before a path was on the board."
+            )
         return dict(self.ranking[0].sample)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -6,7 +6,7 @@ Source: Liu et al., "DARTS: Differentiable Architecture Search", ICLR 2019.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import nni
 import torch
@@ -21,6 +21,7 @@ from torch import nn
 from nni_cream.cost import CostTable, measure_space
 from nni_cream.errors import UserError
 from nni_cream.hypergradient import PUBLISHED_RADIUS
+from nni_cream.loading import validation_loader
 from nni_cream.strategies.darts_module import (
     ALPHA,
     TRAIN,
@@ -29,6 +30,7 @@ from nni_cream.strategies.darts_module import (
     EigenvalueGuard,
     Execution,
     HypergradientKind,
+    Order,
 )
 from nni_cream.supernet.alphas import Alphas
 from nni_cream.supernet.expected_cost import ExpectedCost
@@ -83,8 +85,10 @@ class DartsStrategy(OneShotStrategy):
         mutation_hooks: as in NNI.
 
     Raises:
-        UserError: when the search starts, if the space has choices that cannot be relaxed, or the evaluator's
-            optimizer takes a step that cannot be unrolled.
+        UserError: if an argument is out of its range.
+        UserError: when the search starts, if the space has choices that cannot be relaxed, the evaluator's optimizer
+            takes a step that cannot be unrolled, a loader does not know how many batches it has, or its trainer leaves
+            out validations or has to go on where the search may be ended.
 
     See Also:
         nni.nas.strategy.DARTS: NNI's own, of first order.
@@ -93,7 +97,7 @@ class DartsStrategy(OneShotStrategy):
     def __init__(
         self,
         *,
-        order: Literal["first", "second"] = "second",
+        order: Order = "second",
         hypergradient: HypergradientKind = "exact",
         radius: float = PUBLISHED_RADIUS,
         warmup_epochs: int = 0,
@@ -148,7 +152,7 @@ class DartsStrategy(OneShotStrategy):
     def train_dataloader(self, train_dataloader_fn: Callable[[], Any], val_dataloader_fn: Callable[[], Any]) -> Any:
         """Pair every training batch with a batch for α, which start anew when there are fewer of them."""
         loaders = {TRAIN: train_dataloader_fn(), ALPHA: val_dataloader_fn()}
-        fewer = len(loaders[ALPHA]) <= len(loaders[TRAIN])
+        fewer = _length(loaders[ALPHA], "validation") <= _length(loaders[TRAIN], "training")
         return CombinedLoader(loaders, "max_size_cycle" if fewer else "min_size")
 
     def val_dataloader(self, train_dataloader_fn: Callable[[], Any], val_dataloader_fn: Callable[[], Any]) -> Any:
@@ -159,7 +163,7 @@ class DartsStrategy(OneShotStrategy):
         evaluator = model_space.evaluator
         if not isinstance(evaluator, Lightning):
             raise UserError(f"DartsStrategy needs a Lightning evaluator, not a {type(evaluator).__name__}.")
-        loader = evaluator.datamodule.val_dataloader() if evaluator.datamodule else evaluator.val_dataloaders
+        loader = validation_loader(evaluator)
         if loader is None:
             raise UserError("DartsStrategy needs validation images in the evaluator: α learns from them.")
         space = model_space.model_space
@@ -180,3 +184,13 @@ class DartsStrategy(OneShotStrategy):
             space, table = self._priced
             cost = ExpectedCost(table, space, self.alphas)
         return DartsLightningModule(training_module, self.settings, self.alphas, cost)
+
+
+def _length(loader: Any, images: str) -> int:
+    try:
+        return len(loader)
+    except TypeError as error:
+        raise UserError(
+            f"The loader of the {images} images does not know how many batches it has, and DartsStrategy pairs every "
+            "training batch with one for α; give its data set a length (__len__)."
+        ) from error

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, get_args
 
 import nni
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torchmetrics.aggregation import SumMetric
 
 from nni_cream import hypergradient, soundness
+from nni_cream.arguments import above_zero, at_least, one_of
 from nni_cream.averages import StepMean
 from nni_cream.collapse import WINDOW, rises_sharply
 from nni_cream.cuda_graphs import Recorded, Recorder
@@ -35,6 +36,7 @@ from nni_cream.supernet.functional import has_tied_parameters, pure_loss
 from nni_cream.supernet.mixed_cell import MixedCell
 from nni_cream.training import loss_scale
 
+Order = Literal["first", "second"]
 HypergradientKind = Literal["exact", "finite_difference"]
 EigenvalueGuard = Literal["off", "track", "stop", "rollback"]
 Execution = Literal["fused", "textbook"]
@@ -46,9 +48,13 @@ ALPHA: Final = "alpha"
 
 @dataclass(frozen=True)
 class DartsSettings:
-    """What :class:`DartsStrategy` is told; the attributes are described there."""
+    """What :class:`DartsStrategy` is told; the attributes are described there.
 
-    order: Literal["first", "second"]
+    Raises:
+        UserError: if one of them is out of its range.
+    """
+
+    order: Order
     hypergradient: HypergradientKind
     radius: float
     warmup_epochs: int
@@ -64,6 +70,17 @@ class DartsSettings:
     flops_weight: float
     execution: Execution
     cuda_graphs: bool
+
+    def __post_init__(self) -> None:
+        one_of("order", self.order, get_args(Order))
+        one_of("hypergradient", self.hypergradient, get_args(HypergradientKind))
+        one_of("eigenvalue", self.eigenvalue, get_args(EigenvalueGuard))
+        one_of("execution", self.execution, get_args(Execution))
+        at_least(0, warmup_epochs=self.warmup_epochs, alpha_weight_decay=self.alpha_weight_decay)
+        at_least(0, label_smoothing=self.label_smoothing)
+        at_least(0, stop_above_skips=self.stop_above_skips, skip_limit=self.skip_limit)
+        above_zero(radius=self.radius, alpha_lr=self.alpha_lr, gradient_clip=self.gradient_clip)
+        above_zero(flops_target=self.flops_target, flops_weight=self.flops_weight)
 
 
 @dataclass(frozen=True)
@@ -166,7 +183,12 @@ class DartsLightningModule(BaseOneShotLightningModule):
         self.training_module.lr_scheduler_step(scheduler, metric)
 
     def on_train_start(self) -> None:
-        """Check, before anything is trained, that α learns and that the step of the weights can be unrolled."""
+        """Check, before anything is trained, that the search can be what its settings say.
+
+        Raises:
+            UserError: if α would not learn, the step of the weights cannot be unrolled, epochs go by without a
+                validation, or the trainer has to go on where the search may be ended.
+        """
         super().on_train_start()
         refuse_other_strategies(self.trainer)
         # A search that was ended, and interrupted after that, has nothing left to train.
@@ -177,11 +199,26 @@ class DartsLightningModule(BaseOneShotLightningModule):
                 f"α learns after {self.settings.warmup_epochs} warm-up epochs, but training lasts {epochs}: make "
                 "darts.warmup_epochs smaller than epochs."
             )
+        self._check_trainer()
         if self.settings.order == "second":
             hypergradient.sgd_step(self._weight_optimizer(), self._weights)
         can_be_recorded = self.device.type == "cuda" and processes() == 1 and self.trainer.precision != "16-mixed"
         if self.settings.cuda_graphs and can_be_recorded:
             self.record_steps(Recorder())
+
+    def _check_trainer(self) -> None:
+        trainer, settings = self.trainer, self.settings
+        if trainer.limit_val_batches == 0 or trainer.check_val_every_n_epoch != 1:
+            raise UserError(
+                "DartsStrategy reports the accuracy of every epoch, but the trainer leaves validations out; leave its "
+                "limit_val_batches above 0 and its check_val_every_n_epoch at 1."
+            )
+        may_end = settings.stop_above_skips is not None or settings.eigenvalue in ("stop", "rollback")
+        if may_end and ((trainer.min_epochs or 0) > 1 or (trainer.min_steps or 0) > 0):
+            raise UserError(
+                "stop_above_skips and eigenvalue may end the search, but the trainer's min_epochs or min_steps would "
+                "make it go on; leave them out."
+            )
 
     def record_steps(self, recorder: Recorder) -> None:
         """Record both halves of a step after a few steps, and replay them from then on."""
@@ -272,9 +309,8 @@ class DartsLightningModule(BaseOneShotLightningModule):
         """
         if not self._recorded:
             return self._hypergradient(training, validation, None)
-        groups = self._weight_optimizer().param_groups
-        rates = torch.tensor([float(group["lr"]) for group in groups], device=self.device)
-        found = self._recorded["α"](*training, *validation, rates)
+        numbers = hypergradient.sgd_numbers(self._weight_optimizer(), self.device)
+        found = self._recorded["α"](*training, *validation, numbers)
         loss, *tables = (tensor.clone() for tensor in found if tensor is not None)
         return Hypergradient(tuple(tables[: len(self.alphas)]), tuple(tables[len(self.alphas) :]), loss)
 
@@ -282,17 +318,17 @@ class DartsLightningModule(BaseOneShotLightningModule):
         result = self._hypergradient(given[:2], given[2:4], given[4])
         return result.valid_loss, *result.gradients, *result.implicit
 
-    def _hypergradient(self, training: Any, validation: Any, rates: Tensor | None) -> Hypergradient:
+    def _hypergradient(self, training: Any, validation: Any, numbers: Tensor | None) -> Hypergradient:
         # Losses leave it by themselves, but their derivatives are computed here.
         with torch.autocast(self.device.type, enabled=False):
-            return self._by_kind(training, validation, rates)
+            return self._by_kind(training, validation, numbers)
 
-    def _by_kind(self, training: Batch, validation: Batch, rates: Tensor | None) -> Hypergradient:
+    def _by_kind(self, training: Batch, validation: Batch, numbers: Tensor | None) -> Hypergradient:
         train_loss, valid_loss = self.pure_loss(training), self.pure_loss(validation)
         alphas = list(self.alphas.parameters())
         if self.settings.order == "first":
             return hypergradient.first_order(train_loss, valid_loss, self._weights, alphas, ())
-        step = hypergradient.sgd_step(self._weight_optimizer(), self._weights, rates)
+        step = hypergradient.sgd_step(self._weight_optimizer(), self._weights, numbers)
         if self.settings.hypergradient == "exact":
             return hypergradient.exact(train_loss, valid_loss, self._weights, alphas, step)
         return hypergradient.finite_difference(

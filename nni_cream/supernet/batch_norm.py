@@ -68,6 +68,9 @@ def _normalise_groups(norm: _BatchNorm, groups: int, features: Tensor) -> Tensor
 
 def _normalise_images(images: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
     """Normalise each channel of each image, [N, H, W, C], by itself."""
+    if images.dtype in (torch.float16, torch.bfloat16):
+        # As batch norms do it: squares would leave the range of float16.
+        return _normalise_images(images.float(), weight, bias, eps).to(images.dtype)
     channels = images.shape[3]
     if images.shape[1] * images.shape[2] >= _LARGE:
         return F.group_norm(images.permute(0, 3, 1, 2), channels, weight, bias, eps).permute(0, 2, 3, 1)

@@ -15,8 +15,9 @@ from nni_cream.supernet.synchronised import sharers
 class RunningStatistics:
     """The running statistics of batch norms, in one tensor, so that one call moves them all.
 
-    The buffers of the norms become views of it, and stay so in copies. Where somebody else has replaced one since,
-    every norm is moved by itself.
+    The buffers of the norms become views of it, and stay so in copies and files of torch's. Where a buffer is in other
+    memory since, because somebody has replaced it or a plain pickle has parted it from the tensor, every norm is moved
+    by itself.
 
     Args:
         norms: the batch norms, of equally many channels.
@@ -25,7 +26,7 @@ class RunningStatistics:
     def __init__(self, norms: Sequence[Any]) -> None:
         self._places = {norm: place for place, norm in enumerate(norms)}
         self._tensors: dict[str, Tensor] = {}
-        self._views: list[tuple[dict[str, Any], str, Tensor]] = []
+        self._views: list[tuple[dict[str, Any], str, Tensor, Tensor]] = []
         self.bind()
 
     def bind(self) -> None:
@@ -41,11 +42,13 @@ class RunningStatistics:
             for norm, part in zip(self._places, joint.unbind(), strict=True):
                 # Each with a version of its own: a norm that runs by itself must not seem to have changed the others'.
                 view = norm._buffers[name] = part.data
-                self._views.append((norm._buffers, name, view))
+                self._views.append((norm._buffers, name, view, part))
 
     def is_joint(self) -> bool:
-        """Tell whether the norms still have the views as buffers."""
-        return all(buffers[name] is view for buffers, name, view in self._views)
+        """Tell whether the norms still have the views as buffers, in the memory of the tensor."""
+        return all(
+            buffers[name] is view and view.data_ptr() == part.data_ptr() for buffers, name, view, part in self._views
+        )
 
     def move(self, norms: Sequence[Any], mean: Tensor, variance: Tensor, momentum: float) -> None:
         """Move the statistics of ``norms`` towards ``mean`` and ``variance``, [norms, channels]."""

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from nni_cream.errors import UserError
-from nni_cream.hypergradient import Hypergradient, ParameterStep, sgd_step
+from nni_cream.hypergradient import Hypergradient, ParameterStep, sgd_numbers, sgd_step
 from tests.hypergradient.losses import SECOND_ORDER, Quadratic, assert_close, random
 
 
@@ -63,6 +63,16 @@ class TestSgdStep:
         optimizer.step()
         schedule.step()
         assert sgd_step(optimizer, [weight]) == [ParameterStep(0.2, 0.0, 0.0, None)]
+
+    @pytest.mark.parametrize("nesterov", [False, True])
+    def test_reads_nothing_but_the_numbers_that_it_is_given(self, nesterov: bool) -> None:
+        weight = nn.Parameter(torch.ones(2))
+        optimizer = torch.optim.SGD([weight], 0.4, 0.9, weight_decay=0.1, nesterov=nesterov)
+        numbers, (expected,) = sgd_numbers(optimizer, weight.device), sgd_step(optimizer, [weight])
+        optimizer.param_groups[0].update(lr=0.3, momentum=0.8, weight_decay=0.2)
+        (found,) = sgd_step(optimizer, [weight], numbers)
+        for name in ("scale", "decay", "drift"):
+            assert float(getattr(found, name)) == pytest.approx(getattr(expected, name), rel=1e-15)
 
     @SECOND_ORDER
     def test_weight_that_the_optimizer_does_not_know(self, method: Callable[..., Hypergradient]) -> None:

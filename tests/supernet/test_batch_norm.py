@@ -153,6 +153,19 @@ class TestGroups:
                 ours = module(batch.contiguous(memory_format=memory_format))
             torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-12)
 
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+    @pytest.mark.parametrize("size", [5, 46])
+    def test_large_numbers_of_half_precision(self, dtype: torch.dtype, size: int) -> None:
+        """Squares of 300 are no numbers of float16."""
+        norm = nn.BatchNorm2d(4)
+        batch = (300 * channels(4, size, size)).to(dtype).contiguous(memory_format=torch.channels_last)
+        with batch_statistics(norm):
+            expected = torch.cat([norm(group.float()) for group in batch.chunk(3)])
+        with batch_statistics(norm, groups=3):
+            ours = norm(batch)
+        assert ours.dtype == dtype
+        torch.testing.assert_close(ours.float(), expected, rtol=1e-2, atol=1e-2)
+
     @pytest.mark.parametrize("training", [True, False])
     @pytest.mark.parametrize(("module", "batch"), CASES)
     def test_nothing_is_left_behind(self, module: nn.Module, batch: Tensor, training: bool) -> None:

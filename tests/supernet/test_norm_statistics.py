@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from pathlib import Path
 
 import torch
@@ -45,6 +46,24 @@ def test_that_others_have_replaced() -> None:
     fused.load_state_dict(state, assign=True)
     assert not joint(fused)
     train_both(textbook, fused)
+
+
+def test_in_other_memory() -> None:
+    textbook, fused = pair()
+    for name, buffer in fused.named_buffers():
+        if "edges" in name:
+            buffer.data = buffer.clone()
+            break
+    assert not joint(fused)
+    train_both(textbook, fused)
+
+
+def test_of_a_pickled_network() -> None:
+    """Pickle keeps which tensor is which, but gives each memory of its own."""
+    textbook, fused = pair()
+    twin = pickle.loads(pickle.dumps(fused))
+    assert not joint(twin)
+    train_both(textbook, twin)
 
 
 def test_from_a_file(tmp_path: Path) -> None:

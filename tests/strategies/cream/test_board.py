@@ -6,13 +6,16 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+import pytorch_lightning as pl
 import torch
 from nni.nas.evaluator.pytorch import DataLoader
+from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
+from tests.six_paths import SixPaths
 from tests.strategies.cream.by_hand import answers, path_of, percent_correct, sample_of, share_of_held_out
 from tests.strategies.cream.searches import BATCH, COSTS, HELD_OUT_BATCHES, KEPT, SAMPLES, Search, Step, batches, images
-from tests.strategies.running import SMALL_RUNS
+from tests.strategies.running import SMALL_RUNS, search
 
 pytestmark = SMALL_RUNS
 
@@ -109,6 +112,33 @@ class TestAdmission:
         for step, following in zip(search.steps, search.steps[1:], strict=False):
             for entry in following.board if following.epoch != step.epoch else ():
                 assert entry.score == share_of_held_out(step.space_after, sample_of(entry.path))
+
+
+def test_paths_are_scored_without_dropout(data: TensorDataset) -> None:
+    """By the scale on which entries are measured again, and drawing no random number."""
+
+    class Dropping(SixPaths):
+        def __init__(self) -> None:
+            super().__init__()
+            self.drop = nn.Dropout(0.5)
+
+        def forward(self, images: Tensor) -> Tensor:
+            return self.head(self.drop(self.second(self.first(self.stem(images))).mean((2, 3))))
+
+    judged: list[bool] = []
+
+    def note(module: nn.Module, *_: Any) -> None:
+        judged.append(not torch.is_grad_enabled())
+        assert module.training != judged[-1]
+
+    class Begin(pl.Callback):
+        def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+            pl_module.model.drop.register_forward_hook(note)
+
+    torch.manual_seed(1)
+    whole = Search(data, callbacks=(Begin(),))
+    search(whole.strategy, Dropping(), whole.evaluator)
+    assert judged.count(True) > judged.count(False) == len(whole.steps)
 
 
 def test_a_single_image_left_over_scores_no_path() -> None:

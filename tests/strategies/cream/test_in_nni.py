@@ -7,12 +7,13 @@ from typing import Any
 
 import nni.nas.nn.pytorch as nas
 import pytest
+import pytorch_lightning as pl
 import torch
 from nni.nas.evaluator import FunctionalEvaluator
-from nni.nas.evaluator.pytorch import Classification, DataLoader
+from nni.nas.evaluator.pytorch import Classification, DataLoader, Lightning
 from nni.nas.execution import SequentialExecutionEngine
 from nni.nas.space import RawFormatModelSpace
-from torch.utils.data import TensorDataset
+from torch.utils.data import IterableDataset, TensorDataset
 
 from nni_cream.errors import UserError
 from nni_cream.strategies.cream import CreamStrategy
@@ -75,6 +76,73 @@ class TestUserErrors:
         # No path could ever enter the board, and the search would end without an architecture.
         with pytest.raises(UserError, match="board_images"):
             Search(data, board_images=BATCH + 1).run()
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            ({"teacher": "Top1"}, "teacher is 'Top1', but should be 'matching', 'top1' or 'none'."),
+            ({"prior": "Board"}, "prior is 'Board', but should be 'even' or 'board'."),
+            ({"board_size": 0}, "board_size is 0, but should be at least 1."),
+            ({"meta_interval": 0}, "meta_interval is 0, but should be at least 1."),
+            ({"recalibration_batches": 0}, "recalibration_batches is 0, but should be at least 1."),
+            ({"warmup_epochs": -1}, "warmup_epochs is -1, but should be at least 0."),
+            ({"matching_lr": float("nan")}, "matching_lr is nan, but should be above 0."),
+        ],
+    )
+    def test_arguments_out_of_range(self, arguments: dict[str, Any], message: str) -> None:
+        with pytest.raises(UserError) as refused:
+            CreamStrategy(**arguments)
+        assert str(refused.value) == message
+
+    def test_steps_that_end_before_the_warm_up(self, data: TensorDataset) -> None:
+        search = Search(data, epochs=30, trainer={"max_steps": 6})
+        with pytest.raises(UserError, match=r"after 1 warm-up epochs of 6 steps, but training lasts 6 steps"):
+            search.run()
+        assert not search.steps
+        assert Search(data, epochs=30, trainer={"max_steps": 7}).run().module.ranking
+
+    def test_no_validation(self, data: TensorDataset) -> None:
+        search = Search(data, trainer={"limit_val_batches": 0})
+        with pytest.raises(UserError, match="scores paths on validation images"):
+            search.run()
+        assert not search.steps
+
+
+def test_validations_may_be_rare(data: TensorDataset) -> None:
+    """The board opens before Lightning has asked for the validation images."""
+    search = Search(data, epochs=4, trainer={"check_val_every_n_epoch": 4}).run()
+    assert [report["epoch"] for report in search.reports] == [4]
+    assert len(search.module.ranking) == 4
+
+
+def test_validation_images_without_a_length(data: TensorDataset) -> None:
+    class Unsized(IterableDataset[Any]):
+        def __iter__(self) -> Any:
+            return zip(*HELD_OUT.tensors, strict=True)
+
+    unsized = Search(data)
+    unsized.evaluator.val_dataloaders = DataLoader(Unsized(), batch_size=2 * BATCH)
+    assert unsized.run().reports == Search(data).run().reports
+
+
+def test_a_data_module_is_set_up_first(data: TensorDataset) -> None:
+    class Data(pl.LightningDataModule):
+        def prepare_data(self) -> None:
+            self.prepared = True
+
+        def setup(self, stage: str) -> None:
+            assert self.prepared
+            self.train, self.held_out = data, HELD_OUT
+
+        def train_dataloader(self) -> Any:
+            return DataLoader(self.train, batch_size=BATCH)
+
+        def val_dataloader(self) -> Any:
+            return DataLoader(self.held_out, batch_size=2 * BATCH)
+
+    search = Search(data)
+    search.evaluator = Lightning(search.evaluator.module, search.evaluator.trainer, datamodule=Data())
+    assert search.run().reports == Search(data).run().reports
 
 
 def test_a_nas_experiment_runs_it(data: TensorDataset, nas_experiment: Callable[..., Any]) -> None:

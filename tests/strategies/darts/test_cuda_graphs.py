@@ -9,10 +9,18 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from nni_cream.cuda_graphs import WARM_UP, Recorder
+from nni_cream.cuda_graphs import WARM_UP, Recorded, Recorder
 from nni_cream.strategies.darts_module import DartsLightningModule
 from tests.stand_in_graphs import StandIn
-from tests.strategies.darts.searches import Search, Space, assert_equal, frozen, two_nodes
+from tests.strategies.darts.searches import (
+    LEARNING_RATE,
+    Classifier,
+    Search,
+    Space,
+    assert_equal,
+    frozen,
+    two_nodes,
+)
 from tests.strategies.running import SMALL_RUNS, assert_same
 
 pytestmark = SMALL_RUNS
@@ -63,6 +71,41 @@ def test_every_step_is_the_same(kind: str, run: Callable[..., Search], recording
         assert_same(ours.alphas_after, theirs.alphas_after, rtol=1e-12, atol=1e-12)
     for ours, theirs in zip(replayed.reports, plain.reports, strict=True):
         assert ours == pytest.approx(theirs, rel=1e-12)
+
+
+class OneCycle(Classifier):
+    """Its schedule changes the momentum as well."""
+
+    def configure_optimizers(self) -> Any:
+        optimizer = self.make_optimizer(self.parameters())
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=EPOCHS * BATCHES + 1)
+        return [optimizer], [{"scheduler": schedule, "interval": "step"}]
+
+
+def test_numbers_of_the_optimizer_may_change(
+    run: Callable[..., Search], recording: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A recording goes on with the numbers of Python that it was made with, whatever they are now."""
+    frozen: dict[int, list[Any]] = {}
+    replayed = Recorded._replayed
+
+    def with_frozen_numbers(self: Any, *inputs: Any) -> Any:
+        groups = self._function.__self__._weight_optimizer().param_groups
+        now = [dict(group) for group in groups]
+        for group, then in zip(groups, frozen.setdefault(id(self), now), strict=True):
+            group.update(then)
+        outputs = replayed(self, *inputs)
+        for group, numbers in zip(groups, now, strict=True):
+            group.update(numbers)
+        return outputs
+
+    monkeypatch.setattr(Recorded, "_replayed", with_frozen_numbers)
+    settings = {"space": two_nodes, "epochs": EPOCHS}
+    ours = Search(**settings, classifier=OneCycle()).run()
+    assert recording.replays > 0
+    monkeypatch.setattr(DartsLightningModule, "record_steps", lambda *_: None)
+    plain = Search(**settings, classifier=OneCycle()).run()
+    assert_same(ours.alphas, plain.alphas, rtol=1e-12, atol=1e-12)
 
 
 @ON_A_GPU

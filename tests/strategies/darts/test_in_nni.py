@@ -92,6 +92,28 @@ class WithMutable(nas.ModelSpace):
 
 class TestUserErrors:
     @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            ({"order": "Second"}, "order is 'Second', but should be 'first' or 'second'."),
+            (
+                {"hypergradient": "exakt"},
+                "hypergradient is 'exakt', but should be 'exact' or 'finite_difference'.",
+            ),
+            ({"execution": "fuse"}, "execution is 'fuse', but should be 'fused' or 'textbook'."),
+            (
+                {"eigenvalue": "watch"},
+                "eigenvalue is 'watch', but should be 'off', 'track', 'stop' or 'rollback'.",
+            ),
+            ({"radius": 0}, "radius is 0, but should be above 0."),
+            ({"warmup_epochs": -1}, "warmup_epochs is -1, but should be at least 0."),
+        ],
+    )
+    def test_arguments_out_of_range(self, arguments: dict[str, Any], message: str) -> None:
+        with pytest.raises(UserError) as refused:
+            DartsStrategy(**arguments)
+        assert str(refused.value) == message
+
+    @pytest.mark.parametrize(
         "mutable",
         [
             lambda: nas.InputChoice(3, n_chosen=None, label="odd"),

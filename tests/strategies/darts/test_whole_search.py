@@ -12,7 +12,7 @@ import pytorch_lightning as pl
 import torch
 from nni.nas.evaluator.pytorch import DataLoader, Lightning
 from torch import Tensor
-from torch.utils.data import TensorDataset
+from torch.utils.data import IterableDataset, TensorDataset
 
 from nni_cream.errors import UserError
 from tests.strategies.darts.by_hand import expected_macs, logits_by_hand, search_by_hand
@@ -32,6 +32,7 @@ from tests.strategies.darts.searches import (
     held_out,
     nested,
     prices,
+    two_nodes,
 )
 from tests.strategies.running import SMALL_RUNS, State, assert_same
 
@@ -155,6 +156,34 @@ class TestOptimizers:
             dampened.run()
         assert not dampened.steps
 
+    def test_a_loader_that_knows_its_length_is_needed(self) -> None:
+        class Endless(IterableDataset[Any]):
+            def __iter__(self) -> Any:
+                return itertools.cycle(zip(*TRAINING.tensors, strict=True))
+
+        for images in ("training", "validation"):
+            search = Search()
+            name = {"training": "train_dataloaders", "validation": "val_dataloaders"}[images]
+            setattr(search.evaluator, name, DataLoader(Endless(), TRAIN_BATCH))
+            with pytest.raises(UserError, match=f"loader of the {images} images does not know how many"):
+                search.run()
+            assert not search.steps
+
+    @pytest.mark.parametrize("trainer", [{"limit_val_batches": 0}, {"check_val_every_n_epoch": 2}])
+    def test_every_epoch_is_validated(self, trainer: dict[str, Any]) -> None:
+        search = Search(trainer=trainer)
+        with pytest.raises(UserError, match="reports the accuracy of every epoch"):
+            search.run()
+        assert not search.steps
+
+    @pytest.mark.parametrize("trainer", [{"min_epochs": 2}, {"min_steps": 7}])
+    @pytest.mark.parametrize("guard", [{"stop_above_skips": 2}, {"eigenvalue": "stop"}, {"eigenvalue": "rollback"}])
+    def test_a_search_that_may_be_ended_need_not_go_on(self, trainer: dict[str, Any], guard: dict[str, Any]) -> None:
+        search = Search(two_nodes, trainer=trainer, **guard)
+        with pytest.raises(UserError, match="min_epochs or min_steps would make it go on"):
+            search.run()
+        assert not search.steps
+
     def test_the_first_order_takes_any(self) -> None:
         search = Search(classifier=Classifier(torch.optim.Adam, lr=0.01), order="first", epochs=1).run()
         assert differs(search.steps[0].alphas, search.alphas)
@@ -198,11 +227,14 @@ class TestData:
 
     def test_data_module(self, run: Callable[..., Search]) -> None:
         class Data(pl.LightningDataModule):
+            def setup(self, stage: str) -> None:
+                self.train, self.for_alpha = TRAINING, FOR_ALPHA
+
             def train_dataloader(self) -> Any:
-                return DataLoader(TRAINING, batch_size=TRAIN_BATCH)
+                return DataLoader(self.train, batch_size=TRAIN_BATCH)
 
             def val_dataloader(self) -> Any:
-                return DataLoader(FOR_ALPHA, batch_size=ALPHA_BATCH)
+                return DataLoader(self.for_alpha, batch_size=ALPHA_BATCH)
 
         search = Search(gradient_clip=None)
         search.evaluator = Lightning(search.classifier, search.evaluator.trainer, datamodule=Data())
