@@ -1,6 +1,7 @@
 # make search   a search on real images: prepares .venv, runs experiments/cream.yml through NNI, prints what it found
 # make search-darts   the same with experiments/darts.yml, and then trains what it found
 # make test     every test, the slow ones too
+# make test-fast   all but the slow ones
 # make test-nni the tests of what is said in docs/nni.md
 # make check    formatting, lint, types
 # make clean    removes .venv; runs/ is yours and stays

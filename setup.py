@@ -40,6 +40,7 @@ setup(
         "pytorch-lightning>=2.4,<3",
         "torchmetrics>=1.4",
         "numpy>=1.26",
+        "pillow>=10",
         "scipy>=1.10",
         "matplotlib>=3.8",
         "pydantic>=2.7,<3",

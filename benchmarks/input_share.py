@@ -3,8 +3,9 @@
     python benchmarks/input_share.py
 
 Lightning's own profiler measures it inside real searches on ``mnist5k``: the shipped recipes, whose images Pillow
-crops in the main process, and DARTS with the paper's way to vary CIFAR-10 (padding and cropping, mirroring), once with
-images that stay on the device as one tensor (``data.resident``) and once with images that are loaded.
+crops in the main process; that of Cream once more with a process for the images (``data.workers: 1``); and DARTS with
+the paper's way to vary CIFAR-10 (padding and cropping, mirroring), once with images that stay on the device as one
+tensor (``data.resident``) and once with images that are loaded.
 """
 
 from __future__ import annotations

@@ -2,21 +2,19 @@
 
     python benchmarks/resuming.py
 
-Processor time, the least of several rounds.
+Processor time of one thread, the least of several rounds. The step is one of training a typical network of the space
+that ``make search`` goes through.
 """
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
-
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+from typing import Any
 
 import torch
+from common import make_parser, save_result
 from torch import nn
 
 import nni_cream  # noqa: F401
@@ -28,6 +26,8 @@ from nni_cream.soundness import first_not_finite
 
 BATCH = 64
 ROUNDS = 15
+DATA_SETS = (("digits", 8), ("mnist5k", 32))
+PATH = [[0], [0], [3], [4, 0, 3], [2], [3], [0]]
 
 
 def least(task: Callable[[], object]) -> float:
@@ -40,17 +40,18 @@ def least(task: Callable[[], object]) -> float:
     return 1e6 * min(times)
 
 
-def main() -> None:
-    """Measure and print."""
-    torch.set_num_threads(1)
-    for name, resolution in (("digits", 8), ("mnist5k", 32)):
-        images: LabelledImages = load_data(name, resolution=resolution).weights
-        draws = list(Shuffled(len(images)))[:BATCH]
-        plain = list(map(int, draws))
-        without, seeded = (least(partial(images.__getitems__, some)) / BATCH for some in (plain, draws))
-        print(f"{name} at {resolution} pixels, an image: {without:.0f} µs, seeded {seeded:.0f} µs")
+def of_an_image(name: str, resolution: int) -> dict[str, float]:
+    """Return the microseconds that an image of a data set takes, and those of its seeding among them."""
+    images: LabelledImages = load_data(name, resolution=resolution).weights
+    draws = list(Shuffled(len(images)))[:BATCH]
+    plain = list(map(int, draws))
+    without, seeded = (least(partial(images.__getitems__, some)) / BATCH for some in (plain, draws))
+    return {"pixels": resolution, "without": without, "seeded": seeded, "seeding": seeded - without}
 
-    network = build_child(CreamPath.of([[0], [0], [3], [4, 0], [2], [3], [0]]), num_classes=10).train()
+
+def of_a_step() -> dict[str, float]:
+    """Return the microseconds of forward and backward of a network, and those of the look at loss and gradient."""
+    network = build_child(CreamPath.of(PATH), num_classes=10).train()
     inputs, targets = torch.randn(BATCH, 3, 32, 32), torch.randint(10, (BATCH,))
 
     def step() -> None:
@@ -60,11 +61,36 @@ def main() -> None:
     loss = torch.ones(())
     whole = least(step)
     gradients = [p.grad for p in network.parameters() if p.grad is not None]
-    check = least(lambda: first_not_finite({"loss": [loss], "gradient": gradients}))
+    look = least(lambda: first_not_finite({"loss": [loss], "gradient": gradients}))
+    return {"gradients": len(gradients), "step": whole, "look": look, "share": look / whole}
+
+
+def main() -> None:
+    """Measure, save the result, and print it."""
+    parser = make_parser(__doc__)
+    if parser.parse_args().device != "cpu":
+        parser.error("it measures processor time, which a GPU takes none of")
+    torch.set_num_threads(1)
+    images = {name: of_an_image(name, resolution) for name, resolution in DATA_SETS}
+    for name, found in images.items():
+        print(
+            f"{name} at {found['pixels']} pixels, an image: {found['without']:.0f} µs, seeded {found['seeded']:.0f} µs"
+        )
+    step = of_a_step()
     print(
-        f"a step of a path, {len(gradients)} gradients, {BATCH} images: {whole / 1e3:.1f} ms, "
-        f"the look at loss and gradient {check / 1e3:.2f} ms ({check / whole:.1%})"
+        f"a step of a path, {step['gradients']} gradients, {BATCH} images: {step['step'] / 1e3:.1f} ms, "
+        f"the look at loss and gradient {step['look'] / 1e3:.2f} ms ({step['share']:.1%})"
     )
+    content: dict[str, Any] = {
+        "what": "least processor time in microseconds: of an image, and of a step",
+        "threads": torch.get_num_threads(),
+        "rounds": ROUNDS,
+        "batch": BATCH,
+        "images": images,
+        "path": PATH,
+        "step": step,
+    }
+    print(f"written to {save_result('resuming', content)}")
 
 
 if __name__ == "__main__":

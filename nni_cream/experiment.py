@@ -30,9 +30,12 @@ from nni_cream.recipe_files import read_yaml
 from nni_cream.runs import REPORT, describe
 
 _FIRST_PORT = 8080
+_TRIED_PORTS = 200
 _LAST_PORT = 65535
 _POLL_SECONDS = 2.0
-_ENDED = {"SUCCEEDED", "FAILED", "USER_CANCELED", "SYS_CANCELED", "EARLY_STOPPED"}
+_ENDED_BY_ITSELF = {"SUCCEEDED", "FAILED"}
+# NNI calls a trial canceled that an assessor has ended.
+_ENDED = _ENDED_BY_ITSELF | {"USER_CANCELED", "SYS_CANCELED", "EARLY_STOPPED"}
 _LOG_LINES = 20
 _ANSWER_SECONDS = 20
 
@@ -128,7 +131,7 @@ def _print_epoch(trial: str, data: Any) -> None:
 
 
 def _conclude(trials: list[Any], metrics: dict[str, list[Any]], log_of: Callable[[Any], list[str]]) -> bool:
-    """Print the best trial's result, and of those that failed what ``log_of`` gives."""
+    """Print the best trial's result, and of those that failed by themselves what ``log_of`` gives."""
     results = {}
     for trial in trials:
         finals = [report for report in metrics.get(trial.trialJobId, []) if report.type == "FINAL"]
@@ -136,7 +139,7 @@ def _conclude(trials: list[Any], metrics: dict[str, list[Any]], log_of: Callable
             results[trial.trialJobId] = finals[-1].data
         else:
             print(f"trial {trial.trialJobId} ended as {trial.status}; its folder is {trial.logPath}", file=sys.stderr)
-            for line in log_of(trial):
+            for line in log_of(trial) if trial.status in _ENDED_BY_ITSELF else ():
                 print(f"    {line}", file=sys.stderr)
     if not results:
         print("error: no trial succeeded.", file=sys.stderr)
@@ -167,7 +170,11 @@ def _print_result(result: Any) -> None:
     if "test_accuracy" in metrics:
         print(f"accuracy:  {_score(result):.4f} on held-out images, {metrics['test_accuracy']:.4f} on test images")
     else:
-        print(f"accuracy:  {_score(result):.4f} with shared weights, on held-out images")
+        accuracy = metrics.get("accuracy", _score(result))
+        print(f"accuracy:  {accuracy:.4f} with shared weights, on held-out images")
+        # A search of DARTS steers by its supernet; of Cream both numbers are the best path's.
+        if "genotype" in metrics and "accuracy" in metrics:
+            print(f"supernet:  {_score(result):.4f} on held-out images")
 
 
 def _score(result: Any) -> float:
@@ -190,7 +197,8 @@ def _log_of(port: int, trial: Any) -> list[str]:
 
 def _free_port() -> int:
     """Return the first port from the usual one on which nobody listens; NNI takes the one after it as well."""
-    for port in range(_FIRST_PORT, _FIRST_PORT + 200, 2):
+    ports = range(_FIRST_PORT, _FIRST_PORT + _TRIED_PORTS, 2)
+    for port in ports:
         with socket.socket() as first, socket.socket() as second:
             try:
                 first.bind(("127.0.0.1", port))
@@ -198,7 +206,10 @@ def _free_port() -> int:
             except OSError:
                 continue
             return port
-    raise UserError(f"All ports from {_FIRST_PORT} are taken; give a free one with --port.")
+    raise UserError(
+        f"NNI needs two ports next to each other, and of every pair from {ports[0]} to {ports[-1] + 1} one is taken; "
+        "give the first of two free ones with --port."
+    )
 
 
 if __name__ == "__main__":

@@ -48,8 +48,10 @@ def matching_gradient(
 ) -> tuple[Tensor, ...]:
     """Gradient, in the matching layer, of a student's validation loss after one step of being taught.
 
-    The step is w' = w − η·ρ(θ)·∇w KD. As ρ does not depend on w here, the chain rule closes:
-    dL_val(w')/dθ = −η·⟨∇L_val(w'), ∇w KD(w)⟩·∂ρ/∂θ, and no second backward through the network is needed.
+    w' are the weights after the optimizer's own step on ρ·KD, momentum and weight decay included. How they depend on ρ
+    is taken as in plain SGD, w' = w − η·ρ(θ)·∇w KD. As ρ does not depend on w here, the chain rule closes:
+    dL_val(w')/dθ = −η·⟨∇L_val(w'), ∇w KD(w)⟩·∂ρ/∂θ, and no second backward through the network is needed. With
+    Nesterov's momentum μ the true factor is 1 + μ times −η, a constant that the learning rate of θ absorbs.
 
     Args:
         weight: ρ, a scalar that depends on ``parameters``.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -13,8 +14,9 @@ from typing import Any
 import pytest
 import yaml
 
+from nni_cream import experiment
 from nni_cream.errors import UserError
-from nni_cream.experiment import Experiment, _conclude, _connected
+from nni_cream.experiment import Experiment, _conclude, _connected, _free_port
 from tests.experiments.gpus import devices_of, on_the_gpu_in_use
 
 TIMEOUT = 300
@@ -80,6 +82,17 @@ def test_the_best_finite_result_of_a_finished_trial_wins(capsys: pytest.CaptureF
     assert not _conclude(trials[2:], metrics, lambda _: [])
 
 
+def test_only_a_trial_that_ended_by_itself_has_its_log_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    # An assessor has ended the canceled ones.
+    ended = ["SUCCEEDED", "FAILED", "USER_CANCELED", "SYS_CANCELED", "EARLY_STOPPED", "RUNNING"]
+    assert not _conclude([trial(status, status) for status in ended], {}, lambda trial: [f"words of {trial.status}"])
+    said = capsys.readouterr().err.splitlines()
+    assert [line for line in said if "ended as" in line] == [
+        f"trial {status} ended as {status}; its folder is /nowhere" for status in ended
+    ]
+    assert [line for line in said if "words" in line] == ["    words of SUCCEEDED", "    words of FAILED"]
+
+
 @pytest.mark.parametrize(
     ("result", "expected"),
     [
@@ -89,9 +102,20 @@ def test_the_best_finite_result_of_a_finished_trial_wins(capsys: pytest.CaptureF
                 "genotype:  Genotype(…)",
                 "flops:     1,234,567 multiply-accumulates",
                 "params:    1,000 parameters",
+                "accuracy:  0.2500 with shared weights, on held-out images",
+                "supernet:  0.5000 on held-out images",
+            ],
+        ),
+        (
+            {"default": 0.5, "accuracy": 0.5, "flops": 1000, "params": 10, "path": "[[0]]"},
+            [
+                "path:      [[0]]",
+                "flops:     1,000 multiply-accumulates",
+                "params:    10 parameters",
                 "accuracy:  0.5000 with shared weights, on held-out images",
             ],
         ),
+        (0.5, ["accuracy:  0.5000 with shared weights, on held-out images"]),
         (
             {"default": 0.5, "flops": 1000, "params": 10, "latency": 1.23456, "path": "[[0]]"},
             [
@@ -107,9 +131,9 @@ def test_the_best_finite_result_of_a_finished_trial_wins(capsys: pytest.CaptureF
             ["network:   cream_14", "accuracy:  0.7500 on held-out images, 0.5000 on test images"],
         ),
     ],
-    ids=["search", "search with a budget of time", "training"],
+    ids=["search of DARTS", "search of Cream", "a number alone", "search with a budget of time", "training"],
 )
-def test_a_result_is_printed(result: dict[str, Any], expected: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_result_is_printed(result: Any, expected: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert _conclude([trial("a", "SUCCEEDED")], {"a": [final(result)]}, lambda _: [])
     assert capsys.readouterr().out.splitlines()[1:-1] == expected
 
@@ -122,6 +146,18 @@ def test_an_experiment_that_has_lost_its_port_to_another_is_not_taken_for_that_o
     assert _connected(8080, "other") is answering
     with pytest.raises(UserError, match=r"Port 8080 has gone to experiment other, .* another --port"):
         _connected(8080, "own")
+
+
+def test_ports_are_taken_in_pairs_and_the_range_that_was_tried_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        second = taken.getsockname()[1]
+        monkeypatch.setattr(experiment, "_FIRST_PORT", second - 1)
+        monkeypatch.setattr(experiment, "_TRIED_PORTS", 2)
+        with pytest.raises(UserError, match=f"every pair from {second - 1} to {second} one is taken; .* with --port"):
+            _free_port()
+        monkeypatch.setattr(experiment, "_TRIED_PORTS", 202)
+        assert _free_port() > second
 
 
 def test_a_report_is_named_where_it_is_on_this_machine(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
