@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import os
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torchvision.datasets import CIFAR10, CIFAR100
-from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from nni_cream.data_names import DATA_SETS, Augmentation
 from nni_cream.errors import UserError
@@ -125,7 +126,10 @@ def load_source(name: str, folder: Path | None, download: bool) -> Source:
         return _FROM_PACKAGES[name]()
     if folder is None:
         raise UserError(f"data set {name!r} needs data.folder, the folder that holds it.")
-    return _FROM_FOLDERS[name](_existing(folder))
+    try:
+        return _FROM_FOLDERS[name](_existing(folder))
+    except OSError as error:
+        raise UserError(f"data.folder {folder}: {error.filename} cannot be read: {error.strerror}.") from None
 
 
 def _mnist5k() -> Source:
@@ -232,7 +236,7 @@ def _listed(root: Path, expected: tuple[str, ...] | None = None) -> Images:
     if len(names) < 2:
         found = f"only one class folder, {names[0]}" if names else "no class folders"
         raise UserError(f"{root} holds {found}; a data set is a folder with one folder of images for each class.")
-    listed = make_dataset(root, {name: i for i, name in enumerate(names)}, IMG_EXTENSIONS, allow_empty=True)
+    listed = [(path, label) for label, name in enumerate(names) for path in _image_files(root / name)]
     labels = np.array([label for _, label in listed], dtype=np.int64)
     empty = np.flatnonzero(np.bincount(labels, minlength=len(names)) == 0)
     if len(empty):
@@ -241,6 +245,36 @@ def _listed(root: Path, expected: tuple[str, ...] | None = None) -> Images:
             + (f", nor do {len(empty) - 1} more beside it." if len(empty) > 1 else ".")
         )
     return Images(tuple(path for path, _ in listed), labels)
+
+
+def _image_files(folder: Path) -> list[str]:
+    """The images in a class folder and the folders in it, each once, in the order of torchvision's ``ImageFolder``.
+
+    What is hidden is a tool's. A link may lead to what is listed already, such as the folder that it is in.
+    """
+    found: list[tuple[str, list[str]]] = []
+    seen: set[str] = set()
+    waiting = [str(folder)]
+    while waiting:
+        place = waiting.pop()
+        real = os.path.realpath(place)
+        if real in seen:
+            continue
+        seen.add(real)
+        with os.scandir(place) as entries:
+            shown = sorted((entry for entry in entries if not entry.name.startswith(".")), key=lambda entry: entry.name)
+        names = []
+        for entry in shown:
+            if entry.is_dir():
+                waiting.append(entry.path)
+            elif entry.name.lower().endswith(IMG_EXTENSIONS):
+                # Looking at every file would take long where there are a million; only links lead elsewhere.
+                file = os.path.realpath(entry.path) if entry.is_symlink() else os.path.join(real, entry.name)
+                if file not in seen:
+                    seen.add(file)
+                    names.append(entry.path)
+        found.append((place, names))
+    return [path for _, names in sorted(found) for path in names]
 
 
 def _existing(folder: Path) -> Path:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import json
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -174,6 +175,9 @@ class Child:
         Raises:
             UserError: if it is not one.
         """
+        if os.path.isdir(file):
+            advice = f"give {held}" if (held := file / "child.json").is_file() else "give the child.json of a search"
+            raise UserError(f"{file} is not a child of a search, but a folder; {advice}.")
         try:
             return cls._of(read_json(file, "child of a search"))
         except _NoChild as error:
@@ -419,6 +423,12 @@ def read_notes(file: Path) -> dict[str, str]:
 def _opened(file: Path) -> Iterator[Any]:
     from safetensors import SafetensorError, safe_open
 
+    try:
+        # safetensors says of every file that cannot be opened that there is none.
+        with file.open("rb"):
+            pass
+    except OSError as error:
+        raise UserError(f"{file} cannot be read: {error.strerror}.") from None
     try:
         with safe_open(file, "pt") as content:
             yield content

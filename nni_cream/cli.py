@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
+import logging
 import os
+import select
 import signal
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 from nni_cream import interruption
 from nni_cream.errors import TrainingError, UserError
 from nni_cream.imports import import_file
 from nni_cream.ranks import is_first
-from nni_cream.recipe import Recipe
-from nni_cream.recipe_files import parse_override, to_yaml
+from nni_cream.recipe import CreamRecipe, DartsRecipe, EvaluationRecipe, Recipe, RetrainRecipe
+from nni_cream.recipe_files import parse_override, text_keys, to_yaml
 from nni_cream.runs import RunDirectory, newest_training
-from nni_cream.trouble import sentence_of
+from nni_cream.trouble import is_broken_pipe, sentence_of
 
+# The exit code of a command whose output nobody reads: 128 and the number of SIGPIPE.
+_UNREAD = 141
 # What NNI's tuner has chosen, for the further processes of a trial.
 _TOLD = "NNI_CREAM_TOLD_BY_TUNER"
 
@@ -100,7 +106,7 @@ def checkpoint_of(arguments: argparse.Namespace) -> Path:
     """Return the checkpoint that the command line names, or that of the newest training.
 
     Raises:
-        UserError: if there is neither.
+        UserError: if there is neither, or it is a folder or may not be read; whoever reads it says if it is missing.
     """
     file: Path | None = arguments.checkpoint or newest_training()
     if file is None:
@@ -108,12 +114,28 @@ def checkpoint_of(arguments: argparse.Namespace) -> Path:
             "No training has ended yet (there is no model.safetensors below runs/): run trials/retrain_child.py first, "
             "or give a --checkpoint."
         )
+    try:
+        if file.is_dir():
+            held = [file / name for name in ("model.safetensors", "child.json") if (file / name).is_file()]
+            advice = f"give {held[0]}" if held else "give a file, such as the model.safetensors of a training"
+            raise UserError(f"--checkpoint {file} is a folder; {advice}.")
+        with file.open("rb"):
+            pass
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise UserError(f"--checkpoint {file} cannot be read: {error.strerror}.") from None
     return file
 
 
 def settings_of(arguments: argparse.Namespace) -> dict[str, Any]:
     """Return the settings that ``--set`` changes."""
-    return dict(parse_override(text) for text in arguments.overrides)
+    texts: dict[str, bool] = {}
+    # What takes text in one kind of recipe takes it in all that have it, but not all take None.
+    for kind in (CreamRecipe, DartsRecipe, RetrainRecipe, EvaluationRecipe):
+        for key, optional in text_keys(kind).items():
+            texts[key] = optional or texts.get(key, False)
+    return dict(parse_override(text, texts) for text in arguments.overrides)
 
 
 def overrides_of(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -146,6 +168,28 @@ def refuse_twice(option: str, values: Sequence[object]) -> None:
     for value in values:
         if values.count(value) > 1:
             raise UserError(f"{option} names {value} twice; name it once.")
+
+
+def refuse_unwritable(file: Path) -> None:
+    """Make sure that a file can be written as the ``--output`` of a command; nothing is left behind.
+
+    Raises:
+        UserError: if it is a folder, or cannot be written where it would be.
+    """
+    try:
+        is_folder = file.is_dir()
+        nearest = next(folder for folder in file.absolute().parents if folder.exists())
+    # A name that is too long, or that has a zero byte.
+    except (OSError, ValueError) as error:
+        raise UserError(f"--output {file} cannot be written: {error}.") from None
+    if is_folder:
+        raise UserError(f"--output {file} is a folder; give a file in it.")
+    try:
+        # Whoever may write to all files may write to none in /proc, so that trying is the only way to know.
+        with tempfile.TemporaryFile(dir=nearest):
+            pass
+    except OSError:
+        raise UserError(f"--output {file} cannot be written: {nearest} is no folder that you may write to.") from None
 
 
 def open_run(recipe: Recipe, output: Path | None) -> RunDirectory:
@@ -196,10 +240,18 @@ def run(main: Callable[[], None]) -> None:
 
     With one sentence on stderr, and 2 if the user asked for something that cannot be, 1 if the training has failed or
     the machine has run out of something; when interrupted, by the signal itself, from which NNI and shells know that
-    nothing has failed. Of the several processes of a run only the first prints.
+    nothing has failed. When nobody reads the output any more (``| head``), quietly and with 141, as shells tell of
+    programs that SIGPIPE ends. Of the several processes of a run only the first prints, with an escape in place of what
+    the encoding of the terminal lacks.
     """
+    for stream in (sys.stdout, sys.stderr):
+        # Not every stand-in for them has an encoding.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     if not is_first():
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+    # NNI's logger writes to stdout, and would show a traceback for every line of which nobody reads it.
+    told, logging.raiseExceptions = logging.raiseExceptions, False
     undo = interruption.install()
     threading.excepthook = _leave_trouble_to_the_main_thread
     try:
@@ -213,11 +265,14 @@ def run(main: Callable[[], None]) -> None:
         print(f"error: {sentence}", file=sys.stderr)
         sys.exit(2)
     except Exception as error:
+        unread = is_broken_pipe(error) and any(map(_is_unread, (sys.stdout, sys.stderr)))
         trouble = sentence_of(error)
-        if trouble is None:
+        if trouble is None and not unread:
             raise
         # What was half built complains once more when it is collected, as torch's data loader does.
         sys.unraisablehook = lambda _: None
+        if unread:
+            sys.exit(_UNREAD)
         print(f"error: {trouble}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
@@ -230,7 +285,32 @@ def run(main: Callable[[], None]) -> None:
         raise
     finally:
         undo()
+        logging.raiseExceptions = told
         _leave_the_others()
+        _drop_what_is_unread()
+
+
+def _is_unread(stream: TextIO) -> bool:
+    """Tell whether ``stream`` goes into a pipe whose other end is closed."""
+    try:
+        number = stream.fileno()
+    # It has none, such as one in memory.
+    except OSError:
+        return False
+    poll = select.poll()
+    poll.register(number, 0)
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
+
+
+def _drop_what_is_unread() -> None:
+    # The interpreter would complain of what it cannot write at its end.
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except BrokenPipeError:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, stream.fileno())
+            os.close(nowhere)
 
 
 def _leave_the_others() -> None:

@@ -23,6 +23,7 @@ from nni_cream.genotype import Genotype
 from nni_cream.latency import LatencyTable
 from nni_cream.ranks import is_first
 from nni_cream.recipe import CreamRecipe, RetrainRecipe
+from nni_cream.retrain import build_for_training, refuse_another_training, refuse_untrainable
 from nni_cream.runs import RunDirectory, read_json, write_json, write_text
 from nni_cream.sampling import PathSampler
 from nni_cream.seeds import Spread, retrain_seeds
@@ -252,6 +253,29 @@ def line_up(
     ]
 
 
+def refuse_unfit(recipe: RetrainRecipe, contestants: Sequence[Contestant], num_classes: int) -> None:
+    """Make sure that every contestant can be trained, before the first one is.
+
+    Args:
+        recipe: how, its data given in full.
+        contestants: who.
+        num_classes: number of classes of the data.
+
+    Raises:
+        UserError: as :func:`nni_cream.retrain.build_for_training` and :func:`nni_cream.retrain.refuse_untrainable`, and
+            if one cannot take images of this resolution; it says which.
+    """
+    resolution = recipe.data.completed({}).resolution
+    for contestant in contestants:
+        try:
+            with torch.device("meta"):
+                network = build_for_training(recipe, contestant.network, num_classes)
+            measure_network(network, resolution)
+            refuse_untrainable(recipe, network, resolution)
+        except UserError as error:
+            raise UserError(f"{contestant.name} cannot take part: {error}") from None
+
+
 def compare(recipe: RetrainRecipe, contestants: Sequence[Contestant], seeds: Sequence[int], folder: Path) -> list[Row]:
     """Train every contestant with every seed, and write ``comparison.json`` and ``comparison.md`` into ``folder``.
 
@@ -267,24 +291,24 @@ def compare(recipe: RetrainRecipe, contestants: Sequence[Contestant], seeds: Seq
         A row for every group, in their order; none in all processes of a run but the first.
 
     Raises:
-        UserError: as :func:`nni_cream.retrain.retrain`, and if ``folder`` holds a comparison of other networks.
+        UserError: as :func:`nni_cream.retrain.retrain`, and if ``folder`` holds a comparison of other networks or by
+            another recipe, before the first training begins.
     """
+    recipes = [recipe.model_copy(update={"seed": seed, "rank": 1}) for seed in seeds]
+    runs = {
+        contestant: [(own, RunDirectory(folder / contestant.name / f"seed{own.seed}")) for own in recipes]
+        for contestant in contestants
+    }
+    for contestant, trainings in runs.items():
+        for own, directory in trainings:
+            refuse_another_training(own, Candidate(None, contestant.network), directory)
     summaries: dict[str, Any] = {}
-    for contestant in contestants:
+    for contestant, trainings in runs.items():
         below = folder / contestant.name
-        runs = [
-            (recipe.model_copy(update={"seed": seed, "rank": 1}), RunDirectory(below / f"seed{seed}")) for seed in seeds
-        ]
-        retrain_seeds(runs, Candidate(None, contestant.network), below)
-        if not is_first():
-            continue
-        summary = read_json(below / "summary.json", "summary of trainings")
-        if summary["network"] != contestant.network:
-            raise UserError(
-                f"{below} holds the training of {summary['network']}, not of {contestant.network}; choose another "
-                "folder with --name."
-            )
-        summaries[contestant.name] = {"group": contestant.group, **summary}
+        retrain_seeds(trainings, Candidate(None, contestant.network), below)
+        if is_first():
+            summary = read_json(below / "summary.json", "summary of trainings")
+            summaries[contestant.name] = {"group": contestant.group, **summary}
     if not is_first():
         return []
     groups = list(dict.fromkeys(contestant.group for contestant in contestants))

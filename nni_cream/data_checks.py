@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import os
+import sys
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
@@ -13,6 +16,8 @@ import numpy as np
 from nni_cream._data_sources import Images
 from nni_cream.data import DataSplits
 from nni_cream.errors import UserError
+from nni_cream.ranks import is_first
+from nni_cream.settings import Data
 
 PARTS: Final = ("weights", "architecture", "validation", "test")
 # So many files take minutes; to look at all of ImageNet's would take hours.
@@ -36,9 +41,13 @@ class Fingerprint:
 
 def fingerprint(splits: DataSplits) -> Fingerprint:
     """Return what two runs share if their images, and the division of these, are the same."""
+    return _fingerprint(splits, PARTS)
+
+
+def _fingerprint(splits: DataSplits, names: Sequence[str]) -> Fingerprint:
     digest = hashlib.sha256(repr(splits.class_names).encode())
     number = 0
-    for name in PARTS:
+    for name in names:
         part = getattr(splits, name)
         number += len(part)
         digest.update(f"{name} {len(part)}".encode())
@@ -47,9 +56,78 @@ def fingerprint(splits: DataSplits) -> Fingerprint:
             digest.update(np.ascontiguousarray(part.images.store[part.indices]).tobytes())
         else:
             shared = os.path.commonpath(part.images.store)
-            names = (os.path.relpath(part.images.store[index], shared) for index in part.indices)
-            digest.update("\0".join(names).encode(errors="surrogateescape"))
+            files = (os.path.relpath(part.images.store[index], shared) for index in part.indices)
+            digest.update("\0".join(files).encode(errors="surrogateescape"))
     return Fingerprint(number, digest.hexdigest())
+
+
+def noted(data: Data, splits: DataSplits) -> dict[str, Any]:
+    """Return the data settings of a run as files of networks keep them.
+
+    With the whole path of a folder; and, as images in a folder can change, with ``images``: the names of the classes,
+    and a fingerprint of the test part, which is the same for every seed.
+    """
+    settings = data.model_dump(mode="json")
+    if data.folder is None:
+        return settings
+    images = {"class_names": list(splits.class_names), "test": asdict(_fingerprint(splits, ("test",)))}
+    return {**settings, "folder": os.path.abspath(data.folder), "images": images}
+
+
+def class_names(notes: Mapping[str, Any]) -> list[str] | None:
+    """Return what the logits of a network stand for, as :func:`noted` has it; None if that is not known."""
+    names = _images_of(notes).get("class_names")
+    return list(names) if isinstance(names, list) else None
+
+
+def refuse_other_classes(notes: Mapping[str, Any], splits: DataSplits, file: Path) -> None:
+    """Make sure that labels mean what they meant for a network.
+
+    Args:
+        notes: the data settings that ``file`` holds, as of :func:`noted`; without ``images`` nothing is known.
+        splits: the images now.
+        file: named in the message.
+
+    Raises:
+        UserError: if the classes have other names, or another order.
+    """
+    before = class_names(notes)
+    if before is not None and before != list(splits.class_names):
+        position = next((i for i, (a, b) in enumerate(zip(before, splits.class_names, strict=False)) if a != b), 0)
+        raise UserError(
+            f"{file} tells the classes {_some(before)} apart, but the folder has {_some(splits.class_names)}: class "
+            f"{position} was {before[position]!r} and would be {splits.class_names[position]!r}; give each class its "
+            "name as it was."
+        )
+
+
+def has_another_test_part(notes: Mapping[str, Any], data: Data, splits: DataSplits) -> bool:
+    """Tell whether the test part of the folder that ``notes`` (see :func:`noted`) name is another one by now.
+
+    Then images of it may have trained what is to be tested.
+    """
+    before = _images_of(notes).get("test")
+    same_folder = data.folder is not None and os.path.abspath(data.folder) == notes.get("folder")
+    return same_folder and before is not None and before != asdict(_fingerprint(splits, ("test",)))
+
+
+def warn_of_another_test_part(notes: Mapping[str, Any], data: Data, splits: DataSplits) -> None:
+    """Say on stderr if the accuracy on the test part may be too good, as :func:`has_another_test_part` has it."""
+    if is_first() and has_another_test_part(notes, data, splits):
+        print(
+            f"warning: {data.folder} has changed since this network was found, so that its test part is another one: "
+            "images of it may have been searched or trained with; a folder 'test' beside 'train' stays what it is.",
+            file=sys.stderr,
+        )
+
+
+def _images_of(notes: Mapping[str, Any]) -> Mapping[str, Any]:
+    images = notes.get("images")
+    return images if isinstance(images, Mapping) else {}
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:_NAMED]) + (f" and {len(names) - _NAMED} more" if len(names) > _NAMED else "")
 
 
 def refuse_unreadable(splits: DataSplits) -> None:

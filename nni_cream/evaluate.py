@@ -33,6 +33,7 @@ from nni_cream.child import (
 )
 from nni_cream.cost import measure_network
 from nni_cream.data import LabelledImages
+from nni_cream.data_checks import refuse_other_classes, warn_of_another_test_part
 from nni_cream.errors import UserError
 from nni_cream.models.darts import DartsNetwork, checkpoint_filter_fn
 from nni_cream.recipe import EvaluationRecipe
@@ -91,7 +92,8 @@ def evaluate(recipe: EvaluationRecipe, file: Path, model: str | None = None, *, 
         use_ema: take the averaged weights of a checkpoint that has both.
 
     Raises:
-        UserError: as :func:`load_checkpoint`, and if the data is not what the network is for.
+        UserError: as :func:`load_checkpoint`, and if the data is not what the network is for, or its classes have other
+            names now.
     """
     checkpoint = load_checkpoint(file, model, use_ema=use_ema)
     network = checkpoint.network
@@ -107,6 +109,9 @@ def evaluate(recipe: EvaluationRecipe, file: Path, model: str | None = None, *, 
             f"{splits.num_classes}: give the data that it was trained for (--set data.name=…, --set data.folder=…), or "
             "train it for this one with trials/retrain_child.py."
         )
+    if checkpoint.data is not None:
+        refuse_other_classes(checkpoint.data, splits, file)
+        warn_of_another_test_part(checkpoint.data, data, splits)
     images = splits.test
     if checkpoint.data is None:
         images = _prepared_by_timm(images, network, data)

@@ -10,6 +10,7 @@ import contextlib
 import io
 import json
 import logging
+import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -25,10 +26,11 @@ from torch import Tensor, nn
 from nni_cream.child import weights_beside
 from nni_cream.cost import measure_network
 from nni_cream.data import preparation
+from nni_cream.data_checks import class_names
 from nni_cream.errors import UserError
 from nni_cream.evaluate import Checkpoint, load_checkpoint
 from nni_cream.runs import write_atomically
-from nni_cream.settings import EvaluationData
+from nni_cream.settings import LARGEST_RESOLUTION, EvaluationData
 
 # The endings of their files.
 FORMATS: Final = {"onnx": ".onnx", "export": ".pt2", "torchscript": ".pt"}
@@ -40,6 +42,8 @@ TOLERANCE: Final = 1e-4
 # Photographs and their mirror images, and as many random images.
 CHECKED_IMAGES: Final = 4
 
+# The endings of what is exported, which are left out of the name of an export; others may be a part of a version.
+_ENDING: Final = re.compile(r"(?<=.)\.(safetensors|json|pth|pt|ckpt|bin|th)(\.tar)?$", re.IGNORECASE)
 _NAMES: Final = ("images", "logits")
 _BATCH: Final = "batch"
 
@@ -69,6 +73,17 @@ class Exported:
     difference: float
 
 
+def file_beside(file: Path, form: str) -> Path:
+    """Return where a checkpoint is exported to if nobody says where: beside it, under its name.
+
+    Raises:
+        UserError: if there is no such format.
+    """
+    if form not in FORMATS:
+        raise UserError(f"There is no format {form!r} to export to; there are {', '.join(FORMATS)}.")
+    return file.with_name(_ENDING.sub("", file.name) + FORMATS[form])
+
+
 def export_checkpoint(
     file: Path,
     model: str | None = None,
@@ -95,13 +110,13 @@ def export_checkpoint(
             such format or opset; or if what would be written differs from the network by more than :data:`TOLERANCE`.
             Nothing is written then.
     """
-    if form not in FORMATS:
-        raise UserError(f"There is no format {form!r} to export to; there are {', '.join(FORMATS)}.")
+    output = output or file_beside(file, form)
     if opset is not None and form != "onnx":
         raise UserError(f"An opset is a version of ONNX's operators, which the format {form!r} does not have.")
+    if resolution is not None and not 1 <= resolution <= LARGEST_RESOLUTION:
+        raise UserError(f"The resolution is {resolution} pixels, but should be from 1 to {LARGEST_RESOLUTION}.")
     checkpoint = load_checkpoint(file, model, use_ema=use_ema)
     source = weights_beside(file) if file.suffix == ".json" else file
-    output = output or file.with_name(file.name.partition(".")[0] + FORMATS[form])
     if output.resolve() in (file.resolve(), source.resolve()):
         raise UserError(f"{output} is what is to be exported, and would be overwritten; give another --output.")
     prepared = _preparation(checkpoint, resolution)
@@ -201,8 +216,6 @@ def largest_difference(network: nn.Module, run: Run, images: Tensor) -> float:
 
 
 def _preparation(checkpoint: Checkpoint, resolution: int | None) -> dict[str, Any]:
-    if resolution is not None and resolution < 1:
-        raise UserError(f"The resolution is a number of pixels above 0, not {resolution}.")
     if checkpoint.data is None:
         size = None if resolution is None else (3, resolution, resolution)
         config: dict[str, Any] = resolve_data_config(
@@ -230,6 +243,8 @@ def _notes(checkpoint: Checkpoint, prepared: Mapping[str, Any]) -> dict[str, str
     }
     if checkpoint.data is not None:
         notes["data"] = json.dumps(checkpoint.data["name"])
+        if (names := class_names(checkpoint.data)) is not None:
+            notes["class_names"] = json.dumps(names)
     return notes
 
 

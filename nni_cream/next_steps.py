@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 from collections.abc import Mapping
@@ -62,7 +63,7 @@ def after_search(recipe: Recipe, directory: RunDirectory, runners_up: int = 0) -
         ),
         Command(
             "Search again with another seed, which shows how much of the result is chance",
-            (*_trial(trial), *_recipe_of(directory), *_another_seed(recipe)),
+            (*_trial(trial), *_recipe_of(directory), *_folder_of(recipe), *_another_seed(recipe)),
         ),
         _tensorboard(directory),
     ]
@@ -86,7 +87,8 @@ def after_training(
         words = [*_trial("retrain_child.py"), *_recipe_of(directory), "--architecture", network]
         for key in ("name", "folder", "resolution"):
             if data[key] is not None:
-                words += ["--set", f"data.{key}={_as_yaml(data[key])}"]
+                value = os.path.abspath(data[key]) if key == "folder" else data[key]
+                words += ["--set", f"data.{key}={_as_yaml(value)}"]
         commands.append(
             Command(
                 "Train it again with another seed, which shows how much of the result is chance",
@@ -102,6 +104,14 @@ def _trial(name: str) -> tuple[str, ...]:
 
 def _recipe_of(directory: RunDirectory) -> tuple[str, str]:
     return "--recipe", str((directory.path / "recipe.yml").resolve())
+
+
+def _folder_of(recipe: Recipe) -> tuple[str, ...]:
+    # The command is for another working directory than the one that the recipe may have been written for.
+    folder = recipe.data.folder
+    if folder is None or folder.is_absolute():
+        return ()
+    return "--set", f"data.folder={_as_yaml(os.path.abspath(folder))}"
 
 
 def _another_seed(recipe: Recipe) -> tuple[str, ...]:

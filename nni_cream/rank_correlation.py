@@ -20,6 +20,7 @@ from nni_cream.architecture import CreamPath
 from nni_cream.checkpoints import find_checkpoint
 from nni_cream.child import Candidate, Child, fit_weights
 from nni_cream.compare import PATIENCE, kept_table, random_samples
+from nni_cream.data_checks import has_another_test_part, refuse_other_classes
 from nni_cream.errors import UserError
 from nni_cream.genotype import Genotype
 from nni_cream.kendall import LEVEL, Estimate, estimate_difference, estimate_tau, kendall_tau
@@ -164,6 +165,12 @@ def count_shared(search: FinishedSearch, samples: Sequence[Sample]) -> Counts:
         raise UserError(
             f"{folder} is a search for {search.child.num_classes} classes, but {data.name} has {splits.num_classes} "
             "now; give its images as they were."
+        )
+    refuse_other_classes(search.child.data, splits, search.directory.child)
+    if has_another_test_part(search.child.data, data, splits):
+        raise UserError(
+            f"{data.folder} has changed since the search in {folder}, so that its parts are others; give its images as "
+            "they were."
         )
     space = CreamSpace(plan.depths, splits.num_classes, **recipe.space.model_dump())
     state = torch.load(file, map_location="cpu", weights_only=True)["state_dict"]

@@ -6,9 +6,11 @@ Nothing heavy is imported here, so that a wrong setting is named at once.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from types import MappingProxyType, NoneType, UnionType
+from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -17,6 +19,10 @@ from nni_cream.errors import UserError
 
 # Of a value that is not what it should be, what an error repeats.
 _SHOWN_CHARACTERS = 200
+# How YAML writes nothing.
+_NULLS = ("", "null", "Null", "NULL", "~")
+# One text in quotation marks, unlike 'a' and 'b'.
+_QUOTED = re.compile(r"""'([^']|'')*'|"([^"\\]|\\.)*\"""", re.DOTALL)
 # Where pydantic's own words are about Python.
 _EXPECTED = {
     "model_type": "be a group of settings",
@@ -58,19 +64,39 @@ def load_recipe(kind: type[AnyRecipe], path: Path, overrides: Mapping[str, Any])
         raise UserError(f"{path}: {complaint(error, kind)}") from None
 
 
-def parse_override(text: str) -> tuple[str, Any]:
-    """Split ``key=value`` from the command line; the value is read as YAML.
+def parse_override(text: str, texts: Mapping[str, bool] = MappingProxyType({})) -> tuple[str, Any]:
+    """Split ``key=value`` from the command line; the value is read as YAML, or as it stands where it has to be text.
+
+    Args:
+        text: ``key=value``.
+        texts: the keys of such text, as :func:`text_keys` lists them. Of it, quotation marks of YAML around the whole
+            come off. Where the setting may be None, it is by nothing, ``null`` or ``~``.
 
     Raises:
         UserError: if there is no ``=``, or the value is not YAML.
     """
     key, separator, value = text.partition("=")
-    if not separator or not key.strip():
+    key = key.strip()
+    if not separator or not key:
         raise UserError(f"{text!r} sets nothing; write key=value, as in --set optimizer.lr=0.2.")
+    if key in texts:
+        value = value.strip()
+        return key, None if texts[key] and value in _NULLS else _unquoted(value)
     try:
-        return key.strip(), read_yaml(value)
+        return key, read_yaml(value)
     except ValueError as error:
         raise UserError(f"The value in {_shown(text)} is not valid YAML: {error}.") from None
+
+
+def _unquoted(text: str) -> str:
+    """Return ``text`` without the quotation marks of YAML, if such stand around all of it."""
+    if not _QUOTED.fullmatch(text):
+        return text
+    try:
+        return str(read_yaml(text))
+    # An escape that there is not.
+    except ValueError:
+        return text
 
 
 class _Loader(yaml.SafeLoader):
@@ -98,6 +124,32 @@ def read_yaml(text: str) -> Any:
     # Of thousands of brackets PyYAML makes a RecursionError.
     except (yaml.YAMLError, RecursionError) as error:
         raise ValueError(" ".join(str(error).split()).rstrip(".")) from None
+
+
+def text_keys(kind: type[BaseModel]) -> dict[str, bool]:
+    """List the keys of a kind of recipe that take a path or any text, and nothing else but None.
+
+    Returns:
+        By the dotted key, whether it takes None.
+    """
+    keys: dict[str, bool] = {}
+    for name, field in kind.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            keys |= {f"{name}.{key}": optional for key, optional in text_keys(field.annotation).items()}
+            continue
+        members = _members(field.annotation)
+        if members - {NoneType} and members <= {str, Path, NoneType}:
+            keys[name] = NoneType in members
+    return keys
+
+
+def _members(annotation: Any) -> set[Any]:
+    """Return the types that an annotation is a union of, without what further is said of them."""
+    if get_origin(annotation) is Annotated:
+        return _members(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, UnionType):
+        return set().union(*map(_members, get_args(annotation)))
+    return {annotation}
 
 
 def dotted_keys(kind: type[BaseModel], prefix: str = "") -> list[str]:

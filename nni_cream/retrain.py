@@ -3,30 +3,36 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import pytorch_lightning as pl
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import nn
 
+from nni_cream.architecture import CreamPath
 from nni_cream.checkpoints import find_checkpoint
 from nni_cream.child import Candidate, Child, build_network, load_weights, plain_beside, save_network
 from nni_cream.cost import measure_network
+from nni_cream.data_checks import noted, warn_of_another_test_part
 from nni_cream.errors import UserError
 from nni_cream.genotype import Genotype
 from nni_cream.mixing import Mixing
 from nni_cream.models.darts import DartsNetwork
 from nni_cream.ranks import is_first
 from nni_cream.recipe import RetrainRecipe
-from nni_cream.recipe_files import complaint
+from nni_cream.recipe_files import complaint, to_yaml
 from nni_cream.report import leave_report, show_report
 from nni_cream.reporting import Reporter, on_terminal
-from nni_cream.runs import RunDirectory, read_json, write_json
+from nni_cream.runs import RunDirectory, another_training, read_json, write_json
 from nni_cream.search import arrange_in_memory, claim, load_splits, make_loader, make_trainer, make_training_loader
+from nni_cream.settings import Data
 from nni_cream.training import ImageClassifier
 from nni_cream.trouble import named_batch
+
+_DIGEST_CHARACTERS: Final = 12
 
 
 def retrain(recipe: RetrainRecipe, candidate: Candidate, directory: RunDirectory) -> float:
@@ -38,9 +44,10 @@ def retrain(recipe: RetrainRecipe, candidate: Candidate, directory: RunDirectory
         The accuracy on the test part, which neither the search nor this training has seen, in [0, 1].
 
     Raises:
-        UserError: if inherited weights are asked for and there are none that fit, or a network that changes is to be
-            compiled.
+        UserError: as :func:`refuse_another_training`, :func:`build_for_training` and :func:`refuse_untrainable`, and if
+            inherited weights are asked for and there are none that fit.
     """
+    refuse_another_training(recipe, candidate, directory)
     result_file = directory.path / "result.json"
     reporter = Reporter(directory.path, quiet=on_terminal())
     if result_file.exists():
@@ -53,34 +60,21 @@ def retrain(recipe: RetrainRecipe, candidate: Candidate, directory: RunDirectory
             show_report(recipe, directory)
         return print_result(result)
 
-    child = candidate.load(recipe.rank)
-    try:
-        data = recipe.data.completed(child.data if child else {})
-    except UserError as error:
-        raise UserError(f"{candidate.file}: {error}" if child else str(error)) from None
+    child, name, data = _asked_for(recipe, candidate)
     pl.seed_everything(recipe.seed, verbose=False)
     splits = load_splits(data, recipe.seed)
-    name = str(child.architecture) if child else candidate.name
-    size: dict[str, Any] = {}
-    if name.startswith("Genotype("):
-        size = {"kind": "trained", **recipe.darts.model_dump()}
+    if child:
+        warn_of_another_test_part(child.data, data, splits)
     try:
-        network = build_network(
-            name, splits.num_classes, size, drop_rate=recipe.drop_rate, drop_path_rate=recipe.drop_path_rate
-        )
+        network = build_for_training(recipe, name, splits.num_classes)
     except UserError as error:
         raise UserError(f"{candidate.file}: {error}" if child else str(error)) from None
     if recipe.inherit_weights:
         _inherit(network, candidate.file, child, splits.num_classes, recipe.rank)
     cost = measure_network(network, data.resolution)
-    refuse_resolution(network, data.resolution)
+    refuse_untrainable(recipe, network, data.resolution)
     arrange_in_memory(network, recipe.device)
     if recipe.device.compile != "off":
-        if recipe.drop_path_rate and hasattr(network, "set_drop_path_rate"):
-            raise UserError(
-                f"device.compile is {recipe.device.compile!r}, but a network whose drop path rises would be compiled "
-                "anew in every epoch: leave it off, or make drop_path_rate 0."
-            )
         network.compile(mode=recipe.device.compile)
 
     module = ImageClassifier(
@@ -114,7 +108,7 @@ def retrain(recipe: RetrainRecipe, candidate: Candidate, directory: RunDirectory
         **{key: value for key, value in validated.items() if key.endswith("_accuracy")},
         "flops": cost.macs,
         "params": cost.params,
-        "data": data.model_dump(mode="json"),
+        "data": noted(data, splits),
         "folder": str(directory.path.resolve()),
     }
     if not is_first():
@@ -122,8 +116,8 @@ def retrain(recipe: RetrainRecipe, candidate: Candidate, directory: RunDirectory
     notes: dict[str, Any] = {
         "architecture": name,
         "num_classes": splits.num_classes,
-        "data": data.model_dump(mode="json"),
-        "size": size,
+        "data": noted(data, splits),
+        "size": _size(recipe, name),
     }
     file = directory.path / "model.safetensors"
     if module.ema is None:
@@ -135,6 +129,65 @@ def retrain(recipe: RetrainRecipe, candidate: Candidate, directory: RunDirectory
     reporter.final(_told_to_nni(result))
     leave_report(recipe, directory)
     return print_result(result)
+
+
+def refuse_another_training(recipe: RetrainRecipe, candidate: Candidate, directory: RunDirectory) -> None:
+    """Make sure that ``directory`` is new or holds this very training, ended or not; write nothing.
+
+    Raises:
+        UserError: if it holds a training by another recipe or of another network, on other data or with other inherited
+            weights; and if ``candidate`` is none, or the result of the training is damaged.
+    """
+    directory.refuse_another(to_yaml(recipe))
+    _, name, data = _asked_for(recipe, candidate)
+    network = _canonical(name)
+    # A recipe may leave the data to the child.
+    training = f"{network} on {data.name} at {data.resolution} pixels"
+    if recipe.inherit_weights and candidate.file is not None:
+        digest = hashlib.sha256(candidate.file.read_bytes()).hexdigest()[:_DIGEST_CHARACTERS]
+        training += f" with the weights of the child of SHA-256 {digest}…"
+    directory.keep_to(training)
+    # Of what it is was not always noted when a training began.
+    file = directory.path / "result.json"
+    if file.exists() and (before := _canonical(read_result(file)["network"])) != network:
+        raise another_training(directory, before, network)
+
+
+def _asked_for(recipe: RetrainRecipe, candidate: Candidate) -> tuple[Child | None, str, Data]:
+    """Return the child if there is one, what :func:`build_network` is told of the network, and the data in full."""
+    child = candidate.load(recipe.rank)
+    try:
+        data = recipe.data.completed(child.data if child else {})
+    except UserError as error:
+        raise UserError(f"{candidate.file}: {error}" if child else str(error)) from None
+    return child, str(child.architecture) if child else candidate.name, data
+
+
+def _canonical(network: str) -> str:
+    """Write the text of a path or a genotype, which people space as they like, as a search does."""
+    if network.startswith("["):
+        return str(CreamPath.parse(network))
+    return str(Genotype.parse(network)) if network.startswith("Genotype(") else network
+
+
+def build_for_training(recipe: RetrainRecipe, name: str, num_classes: int) -> nn.Module:
+    """Build a network as a recipe wants it trained, with new weights.
+
+    Args:
+        recipe: how it is trained.
+        name: the text of a path or a genotype, or timm's name of a network.
+        num_classes: number of classes.
+
+    Raises:
+        UserError: as :func:`nni_cream.child.build_network`.
+    """
+    return build_network(
+        name, num_classes, _size(recipe, name), drop_rate=recipe.drop_rate, drop_path_rate=recipe.drop_path_rate
+    )
+
+
+def _size(recipe: RetrainRecipe, name: str) -> dict[str, Any]:
+    return {"kind": "trained", **recipe.darts.model_dump()} if name.startswith("Genotype(") else {}
 
 
 def _mixing(recipe: RetrainRecipe, num_classes: int) -> Mixing | None:
@@ -177,6 +230,20 @@ def _told_to_nni(result: dict[str, Any]) -> dict[str, Any]:
     # A tuner may steer by the validation part; the test part is for people.
     told = ("val_accuracy", "val_plain_accuracy", "test_accuracy", "test_plain_accuracy", "flops", "params", "network")
     return {"default": result["val_accuracy"], **{key: result[key] for key in told if key in result}}
+
+
+def refuse_untrainable(recipe: RetrainRecipe, network: nn.Module, resolution: int) -> None:
+    """Make sure that ``network``, which can take images of this resolution, can also be trained with them as said.
+
+    Raises:
+        UserError: as :func:`refuse_resolution`, and if it changes while it is trained and is to be compiled.
+    """
+    refuse_resolution(network, resolution)
+    if recipe.device.compile != "off" and recipe.drop_path_rate and hasattr(network, "set_drop_path_rate"):
+        raise UserError(
+            f"device.compile is {recipe.device.compile!r}, but a network whose drop path rises would be compiled anew "
+            "in every epoch: leave it off, or make drop_path_rate 0."
+        )
 
 
 def refuse_resolution(network: nn.Module, resolution: int) -> None:

@@ -95,13 +95,15 @@ class RunDirectory:
     """The folder of one run.
 
     Under NNI it is ``$NNI_OUTPUT_DIR``, else ``runs/<name>`` below the current directory. It holds ``recipe.yml`` (as
-    run), ``environment.json`` (versions, machine, seed), ``metrics.csv``, ``tensorboard/``, ``checkpoints/``, and what
-    the run produces. One process at a time runs in it, from :meth:`begin` to its end.
+    run), ``environment.json`` (versions, machine, seed, and of a training, of what it is), ``metrics.csv``,
+    ``tensorboard/``, ``checkpoints/``, and what the run produces. One process at a time runs in it, from :meth:`begin`
+    to its end.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._lock = ProcessLock(path / ".lock")
+        self._training: str | None = None
 
     @classmethod
     def for_run(cls, name: str, output: Path | None = None) -> RunDirectory:
@@ -178,6 +180,22 @@ class RunDirectory:
         except OSError as error:
             raise UserError(f"The run directory {self.path} cannot be read: {error.strerror}.") from None
 
+    def keep_to(self, training: str) -> None:
+        """Make sure that the folder is new or holds this very training, which the recipe leaves open; write nothing.
+
+        :meth:`begin` notes it. A run that began before such a note was left is taken to be of it.
+
+        Args:
+            training: what is trained, as a person is told.
+
+        Raises:
+            UserError: if it holds another training, or cannot be read.
+        """
+        before = self._noted().get("training")
+        if before is not None and before != training:
+            raise another_training(self, before, training)
+        self._training = training
+
     def begin(self, recipe: str, seed: int, images: Mapping[str, Any] | None = None) -> None:
         """Make this process the owner of the folder and record what is about to run, unless that has been recorded.
 
@@ -189,35 +207,44 @@ class RunDirectory:
             images: the fields of its :class:`nni_cream.data_checks.Fingerprint`; None to leave them open.
 
         Raises:
-            UserError: as :meth:`refuse_another` and :meth:`refuse_owned`, if the folder cannot be written, and if the
-                run began with other images.
+            UserError: as :meth:`refuse_another`, :meth:`keep_to` and :meth:`refuse_owned`, if the folder cannot be
+                written, and if the run began with other images.
         """
         if not is_first():
             return
         self.refuse_another(recipe)
         self._refuse_other_images(images)
+        if self._training is not None:
+            self.keep_to(self._training)
         file = self.path / "recipe.yml"
         try:
             if not self._lock.acquire():
                 self.refuse_owned()
             self._remove_parts()
             if not file.exists():
-                noted = {} if images is None else {"images": dict(images)}
+                noted = {"training": self._training, "images": None if images is None else dict(images)}
+                noted = {key: value for key, value in noted.items() if value is not None}
                 write_json(self.path / "environment.json", {"seed": seed, **noted, **describe_environment()})
                 # Last, because a folder with a recipe counts as begun.
                 write_text(file, recipe)
         except OSError as error:
             raise UserError(f"The run directory {self.path} cannot be written: {error.strerror}.") from None
 
-    def _refuse_other_images(self, images: Mapping[str, Any] | None) -> None:
+    def _noted(self) -> dict[str, Any]:
+        """Return what has been noted of the run that has begun here; nothing where none has."""
         file = self.path / "environment.json"
-        if images is None or not self.has_begun or not file.exists():
-            return
+        if not self.has_begun or not file.exists():
+            return {}
         try:
             noted = read_json(file, "description of a run's environment")
         except UserError as error:
             raise UserError(f"{error} Remove it, and the same command goes on.") from None
-        before = noted.get("images") if isinstance(noted, dict) else None
+        return noted if isinstance(noted, dict) else {}
+
+    def _refuse_other_images(self, images: Mapping[str, Any] | None) -> None:
+        if images is None:
+            return
+        before = self._noted().get("images")
         if isinstance(before, dict) and before != images:
             raise UserError(
                 f"{self.path} holds a run that began with other images, or divided otherwise ({before.get('number')} "
@@ -230,6 +257,11 @@ class RunDirectory:
         for part in self.checkpoint.parent.glob(".*"):
             if TEMPORARY.fullmatch(part.name):
                 part.unlink(missing_ok=True)
+
+
+def another_training(directory: RunDirectory, before: str, now: str) -> UserError:
+    """Return what says that ``directory`` holds a training of something else."""
+    return UserError(f"{directory.path} holds a training of {before}, not of {now}; choose another folder with --name.")
 
 
 def describe_environment() -> dict[str, Any]:

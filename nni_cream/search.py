@@ -26,7 +26,7 @@ from nni_cream.checkpoints import LastTwo, find_checkpoint, steps_before
 from nni_cream.child import Child
 from nni_cream.cost import measure_space
 from nni_cream.data import DataSplits, LabelledImages, load_data
-from nni_cream.data_checks import fingerprint, refuse_unreadable
+from nni_cream.data_checks import fingerprint, noted, refuse_unreadable
 from nni_cream.data_names import Augmentation, Fractions
 from nni_cream.errors import UserError
 from nni_cream.genotype import Genotype
@@ -116,7 +116,7 @@ def search_cream(recipe: CreamRecipe, directory: RunDirectory) -> Child:
         accuracy=best.accuracy,
         flops=best.cost.macs,
         params=best.cost.params,
-        data=data.model_dump(mode="json"),
+        data=noted(data, splits),
         search={
             "name": recipe.name,
             "seed": recipe.seed,
@@ -432,7 +432,7 @@ def on_device(device: Device, **arguments: Any) -> Any:
     For several devices it starts this command once more for each but the first, unless that has been done (torchrun).
 
     Raises:
-        UserError: if there is no such device, or not a core for every process.
+        UserError: if there is no such device, or not a core for every process, or by far too few for the threads.
     """
     on_cpu = device.accelerator == "cpu" or (device.accelerator == "auto" and not torch.cuda.is_available())
     if on_cpu and device.devices > (os.cpu_count() or 1):
@@ -441,6 +441,13 @@ def on_device(device: Device, **arguments: Any) -> Any:
             f"{os.cpu_count()} cores: make it at most that."
         )
     if device.threads is not None:
+        most = 4 * (os.cpu_count() or 1)
+        # OpenMP refuses none: of too many, it ends the process.
+        if device.threads > most:
+            raise UserError(
+                f"device.threads is {device.threads}, but this machine has {os.cpu_count()} cores: make it at most "
+                f"{most}, or leave it out for as many as there are cores."
+            )
         torch.set_num_threads(device.threads)
         if device.devices > 1:
             # Lightning divides the cores among the processes where nobody has said how many each has.

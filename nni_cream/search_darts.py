@@ -14,6 +14,7 @@ from nni_cream.checkpoints import find_checkpoint
 from nni_cream.child import Child
 from nni_cream.cost import measure_network
 from nni_cream.data import LabelledImages
+from nni_cream.data_checks import noted
 from nni_cream.distributed import total
 from nni_cream.history import History
 from nni_cream.loading import first_batches
@@ -91,7 +92,7 @@ def search_darts(recipe: DartsRecipe, directory: RunDirectory) -> Child:
         accuracy=accuracy_of(network, validation_loader, module.device),
         flops=cost.macs,
         params=cost.params,
-        data=data.model_dump(mode="json"),
+        data=noted(data, splits),
         search={
             "name": recipe.name,
             "seed": recipe.seed,

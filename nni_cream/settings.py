@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import (
     AfterValidator,
@@ -32,7 +32,8 @@ Share = Annotated[float, Field(ge=0, le=1)]
 NotNegative = Annotated[float, Field(ge=0, le=1e12)]
 Pair = tuple[PositiveFloat, PositiveFloat]
 Hue = Annotated[float, Field(ge=0, le=0.5)]
-Resolution = Annotated[int, Field(ge=8, le=8192)]
+LARGEST_RESOLUTION: Final = 8192
+Resolution = Annotated[int, Field(ge=8, le=LARGEST_RESOLUTION)]
 BatchSize = Annotated[int, Field(ge=2, le=1_000_000)]
 Workers = Annotated[int, Field(ge=0, le=1024)]
 Pixels = Annotated[int, Field(gt=0, le=8192)]
@@ -164,7 +165,9 @@ class EvaluationData(Settings):
         if not given["augmentation"]:
             del given["augmentation"]
         # What training was allowed to fetch, it has fetched.
-        inherited = {key: value for key, value in stored.items() if key != "download" and value is not None}
+        inherited = {
+            key: value for key, value in stored.items() if key not in ("download", "images") and value is not None
+        }
         return _inherited(given, inherited, "checkpoint")
 
 

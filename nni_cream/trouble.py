@@ -51,6 +51,11 @@ def sentence_of(error: BaseException) -> str | None:
     return next((sentence for cause in _causes(error) if (sentence := _sentence(cause)) is not None), None)
 
 
+def is_broken_pipe(error: BaseException) -> bool:
+    """Tell whether ``error`` comes from a pipe that nobody reads."""
+    return any(isinstance(cause, BrokenPipeError) for cause in _causes(error))
+
+
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
     """Yield ``error``, and what it was raised from or while handling: Lightning's tidying up can fail as well."""
     while error is not None:

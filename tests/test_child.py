@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import json
 import math
 import resource
@@ -302,7 +303,12 @@ class TestWrongChild:
         assert refusal(tmp_path / "child.json") == f"There is no child of a search {tmp_path / 'child.json'}."
 
     def test_that_is_a_folder(self, tmp_path: Path) -> None:
-        assert "is not a child of a search" in refusal(tmp_path)
+        assert refusal(tmp_path).endswith(" is not a child of a search, but a folder; give the child.json of a search.")
+        (tmp_path / "child.json").touch()
+        assert refusal(tmp_path).endswith(f" but a folder; give {tmp_path / 'child.json'}.")
+
+    def test_of_a_name_that_no_file_has(self) -> None:
+        assert "is not a child of a search" in refusal(Path("a" * 300))
 
 
 class TestWrongWeights:
@@ -319,6 +325,14 @@ class TestWrongWeights:
         weights = saved.with_suffix(".safetensors")
         weights.write_bytes(weights.read_bytes()[:size])
         assert "is not a safetensors file" in self.refusal(small_network(), saved)
+
+    def test_that_may_not_be_read(self, saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        def refuse(file: Path, *_: object) -> None:
+            raise PermissionError(errno.EACCES, "Permission denied", str(file))
+
+        monkeypatch.setattr(Path, "open", refuse)
+        weights = saved.with_suffix(".safetensors")
+        assert self.refusal(small_network(), saved) == f"{weights} cannot be read: Permission denied."
 
     def test_that_are_not_there(self, saved: Path) -> None:
         saved.with_suffix(".safetensors").unlink()

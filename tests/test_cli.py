@@ -14,7 +14,16 @@ import nni
 import pytest
 import torch
 
-from nni_cream.cli import make_parser, overrides_of, run, tuner_parameters
+from nni_cream.cli import (
+    Parser,
+    add_checkpoint_options,
+    checkpoint_of,
+    make_parser,
+    overrides_of,
+    refuse_unwritable,
+    run,
+    tuner_parameters,
+)
 from nni_cream.errors import TrainingError, UserError
 from nni_cream.recipe import CreamRecipe
 from nni_cream.recipe_files import load_recipe
@@ -60,7 +69,13 @@ class TestOptions:
 
     def test_name_is_text_even_where_yaml_would_read_a_number(self) -> None:
         assert overrides("--name", "2024") == {"name": "2024"}
-        assert overrides("--set", "name=2024") == {"name": 2024}
+        assert overrides("--set", "name=2024") == {"name": "2024"}
+
+    def test_a_folder_is_taken_as_it_stands(self, tmp_path: Path) -> None:
+        given = overrides("--set", "data.folder=photos #2", "--set", "seed=3 # a comment")
+        assert given == {"data.folder": "photos #2", "seed": 3}
+        assert overrides("--set", "data.name=null") == {"data.name": None}
+        assert load_recipe(CreamRecipe, RECIPE, given).data.folder == Path("photos #2")
 
     @pytest.mark.parametrize(
         ("words", "expected"),
@@ -160,6 +175,149 @@ class TestRun:
         called = []
         run(lambda: called.append(True))
         assert called == [True]
+
+
+# As a search does in which NNI's logger and strategy meet the error first.
+PRINTS = """
+import logging, os, sys
+from nni_cream.cli import run
+logger = logging.getLogger("a")
+logger.addHandler(logging.StreamHandler(sys.stdout))
+def main():
+    print("first", flush=True)
+    input()
+    try:
+        print("second", flush=True)
+    except OSError as error:
+        logger.error("the model fails")
+        raise RuntimeError("caught on the way") from error
+    finally:
+        open("reached", "x")
+run(main)
+"""
+
+
+class TestUnreadOutput:
+    @pytest.mark.parametrize("unbuffered", ["", "1"], ids=["buffered", "unbuffered"])
+    @pytest.mark.parametrize("with_errors", [False, True])
+    def test_ends_a_command_quietly(self, tmp_path: Path, unbuffered: str, with_errors: bool) -> None:
+        command = [sys.executable, "-c", PRINTS]
+        pipe = subprocess.PIPE
+        with subprocess.Popen(
+            command,
+            stdin=pipe,
+            stdout=pipe,
+            stderr=subprocess.STDOUT if with_errors else pipe,
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONUNBUFFERED": unbuffered, "PYTHONPATH": str(ROOT)},
+            text=True,
+        ) as process:
+            assert process.stdin is not None
+            assert process.stdout is not None
+            assert process.stdout.readline() == "first\n"
+            process.stdout.close()
+            process.stdin.write("\n")
+            process.stdin.close()
+            assert with_errors or (process.stderr is not None and process.stderr.read() == "")
+            assert process.wait(60) == 141
+        assert (tmp_path / "reached").exists()
+
+    def test_that_is_left_at_the_end_is_dropped(self) -> None:
+        program = "from nni_cream.cli import run\ndef main():\n    input()\n    print('last')\nrun(main)"
+        command = [sys.executable, "-c", program]
+        pipe = subprocess.PIPE
+        # Such as what --help prints: written at the very end.
+        environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+        with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, env=environment, text=True) as process:
+            assert process.stdout is not None
+            process.stdout.close()
+            process.stdout = None
+            _, err = process.communicate("\n", timeout=60)
+        assert (process.returncode, err) == (0, "")
+
+    def test_a_broken_pipe_of_another_kind_is_a_fault(self) -> None:
+        def main() -> None:
+            raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+        with pytest.raises(BrokenPipeError):
+            run(main)
+
+
+@pytest.mark.parametrize("failing", [False, True])
+def test_what_the_encoding_lacks_is_shown_as_an_escape(failing: bool) -> None:
+    program = (
+        "from nni_cream.cli import run\nfrom nni_cream.errors import UserError\ndef main():\n    print('3 × 3')\n"
+        f"    if {failing}: raise UserError('no τ…')\nrun(main)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+        check=False,
+    )
+    assert done.stdout == "3 \\xd7 3\n"
+    assert done.stderr == ("error: no \\u03c4\\u2026\n" if failing else "")
+    assert done.returncode == (2 if failing else 0)
+
+
+class TestOutput:
+    def test_that_can_be_written_leaves_nothing(self, tmp_path: Path) -> None:
+        refuse_unwritable(tmp_path / "a" / "b.onnx")
+        assert list(tmp_path.iterdir()) == []
+        (tmp_path / "b.onnx").write_bytes(b"old")
+        refuse_unwritable(tmp_path / "b.onnx")
+        assert (tmp_path / "b.onnx").read_bytes() == b"old"
+
+    @pytest.mark.parametrize(
+        ("name", "expected"),
+        [
+            ("folder", "--output {place}/folder is a folder; give a file in it."),
+            ("file/x.onnx", "--output {place}/file/x.onnx cannot be written: {place}/file is no folder that you may"),
+            ("/proc/x/y.onnx", "--output /proc/x/y.onnx cannot be written: /proc is no folder that you may write to."),
+            ("a" * 300, "cannot be written: "),
+        ],
+    )
+    def test_that_cannot_be_written(self, tmp_path: Path, name: str, expected: str) -> None:
+        (tmp_path / "folder").mkdir()
+        (tmp_path / "file").touch()
+        with pytest.raises(UserError) as caught:
+            refuse_unwritable(tmp_path / name)
+        assert expected.format(place=tmp_path) in str(caught.value)
+
+
+class TestCheckpoint:
+    def given(self, file: Path) -> Path:
+        parser = Parser()
+        add_checkpoint_options(parser)
+        return checkpoint_of(parser.parse_args(["--checkpoint", str(file)]))
+
+    def test_that_is_missing_is_left_to_whoever_reads_it(self, tmp_path: Path) -> None:
+        assert self.given(tmp_path / "none.pth") == tmp_path / "none.pth"
+
+    def test_that_is_a_folder(self, tmp_path: Path) -> None:
+        def sentence() -> str:
+            with pytest.raises(UserError) as caught:
+                self.given(tmp_path)
+            return str(caught.value)
+
+        start = f"--checkpoint {tmp_path} is a folder; give "
+        assert sentence() == f"{start}a file, such as the model.safetensors of a training."
+        for name in ("child.json", "model.safetensors"):
+            (tmp_path / name).touch()
+            assert sentence() == f"{start}{tmp_path / name}."
+
+    def test_that_may_not_be_read(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        def refuse(file: Path, *_: object) -> None:
+            raise PermissionError(errno.EACCES, "Permission denied", str(file))
+
+        monkeypatch.setattr(Path, "open", refuse)
+        with pytest.raises(UserError, match=r"^--checkpoint .*a\.pth cannot be read: Permission denied\.$"):
+            self.given(tmp_path / "a.pth")
+
+    def test_of_a_name_that_no_file_has(self) -> None:
+        with pytest.raises(UserError, match="cannot be read: File name too long"):
+            self.given(Path("a" * 300))
 
 
 def misspelt_key(_output: Path) -> list[str]:

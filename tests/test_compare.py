@@ -24,15 +24,17 @@ from nni_cream.compare import (
     nearest_network,
     random_genotypes,
     random_paths,
+    refuse_unfit,
     table,
 )
 from nni_cream.cost import measure_network
 from nni_cream.errors import UserError
 from nni_cream.genotype import Genotype
 from nni_cream.recipe import CreamRecipe
+from nni_cream.recipe_files import to_yaml
 from nni_cream.runs import RunDirectory
 from nni_cream.seeds import Spread
-from nni_cream.settings import Latency
+from nni_cream.settings import DartsNetworkSettings, Latency
 from tests.latency_tables import made_up
 from tests.test_retrain import GENOTYPE, SPACE
 from tests.test_seeds import recipe
@@ -189,5 +191,53 @@ def test_all_are_trained_alike_and_only_once(tmp_path: Path, monkeypatch: pytest
     assert compare(recipe(0), contestants, [0, 1], tmp_path) == rows
     # Another child has been found meanwhile.
     other = Contestant(FOUND, "found", contestants[1].network)
-    with pytest.raises(UserError, match=r"found holds the training of Genotype.*; choose another folder with --name\."):
+    with pytest.raises(UserError, match=r"found/seed0 holds a training of Genotype.*, not of Genotype.* with --name\."):
         compare(recipe(0), [other], [0, 1], tmp_path)
+    # One by one recipe and one by another are not to be compared.
+    longer = recipe(0).model_copy(update={"epochs": 2})
+    with pytest.raises(UserError, match="found/seed0 holds a run of another recipe"):
+        compare(longer, contestants, [0, 1], tmp_path)
+
+
+@pytest.mark.parametrize("what", ["recipe", "network"])
+def test_the_last_training_of_another_comparison_is_refused_before_the_first_is_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    contestants = [Contestant(FOUND, "found", str(GENOTYPE)), Contestant("resnet18", "resnet18", "resnet18")]
+
+    class Trained(Exception):
+        pass
+
+    def trains(*_: Any, **__: Any) -> Any:
+        raise Trained
+
+    monkeypatch.setattr(module_under_test, "retrain_seeds", trains)
+    last = RunDirectory(tmp_path / "resnet18/seed1")
+    with pytest.raises(Trained):
+        compare(recipe(0), contestants, [0, 1], tmp_path)
+    last.keep_to("resnet34 on digits at 8 pixels" if what == "network" else "resnet18 on digits at 8 pixels")
+    last.begin(to_yaml(recipe(1) if what == "network" else recipe(1).model_copy(update={"epochs": 2})), 1)
+    expected = {"recipe": "holds a run of another recipe", "network": "holds a training of resnet34"}[what]
+    with pytest.raises(UserError, match=f"resnet18/seed1 {expected}"):
+        compare(recipe(0), contestants, [0, 1], tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("network", "changes", "expected"),
+    [
+        ("resnet19", {}, "resnet19 cannot take part: timm has no network 'resnet19'; did you mean 'resnet18'?"),
+        ("vit_tiny_patch16_224", {}, "vit_tiny_patch16_224 cannot take part: The network cannot take images of 8 pix"),
+        ("vgg11", {"drop_path_rate": 0.1}, "vgg11 cannot take part: timm cannot build 'vgg11': .*drop_path_rate"),
+        (
+            str(GENOTYPE),
+            {"darts": DartsNetworkSettings(channels=4, cells=4, auxiliary=True)},
+            "needs features of 8 to 10 pixels",
+        ),
+    ],
+    ids=["unknown", "pixels", "rate", "head"],
+)
+def test_who_cannot_be_trained_is_refused(network: str, changes: dict[str, Any], expected: str) -> None:
+    able = [Contestant(FOUND, "found", str(GENOTYPE)), Contestant("resnet18", "resnet18", "resnet18")]
+    refuse_unfit(recipe(0), able, 10)
+    with pytest.raises(UserError, match=expected):
+        refuse_unfit(recipe(0).model_copy(update=changes), [able[1], Contestant("a", network, network)], 10)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,15 @@ from PIL import Image
 
 from nni_cream import data_checks
 from nni_cream.data import DataSplits, load_data
-from nni_cream.data_checks import fingerprint, refuse_unreadable
+from nni_cream.data_checks import (
+    fingerprint,
+    has_another_test_part,
+    noted,
+    refuse_other_classes,
+    refuse_unreadable,
+)
 from nni_cream.errors import UserError
+from nni_cream.settings import Data
 
 
 @pytest.fixture
@@ -59,6 +67,59 @@ class TestFingerprint:
             splits.test.images = changed
             found.append(fingerprint(splits).sha256)
         assert len(set(found)) == 3
+
+
+class TestNotes:
+    """What a network's file says of its images, compared with those that there are now."""
+
+    def read(self, folder: Path) -> tuple[dict[str, Any], Data, DataSplits]:
+        data = Data(name="folder", folder=folder, resolution=8)
+        splits = splits_of(folder)
+        # As a file keeps it.
+        return json.loads(json.dumps(noted(data, splits))), data, splits
+
+    def test_are_the_settings_with_a_whole_path(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.chdir(folder.parent)
+        notes, data, _ = self.read(Path(folder.name))
+        assert notes.pop("images")["class_names"] == ["a", "b"]
+        assert notes == {**data.model_dump(mode="json"), "folder": str(folder)}
+        digits = Data(name="digits")
+        assert noted(digits, load_data("digits", resolution=8)) == digits.model_dump(mode="json")
+
+    def test_the_same_images(self, folder: Path) -> None:
+        notes, data, splits = self.read(folder)
+        refuse_other_classes(notes, splits, Path("child.json"))
+        for again in (splits, splits_of(folder, seed=1)):
+            assert not has_another_test_part(notes, data, again)
+
+    def test_further_images(self, folder: Path) -> None:
+        notes, data, before = self.read(folder)
+        for name in ("a", "b"):
+            for index in range(10, 15):
+                Image.new("RGB", (9, 9)).save(folder / name / "deeper" / f"{index}.png")
+        splits = splits_of(folder)
+        assert len(splits.test) > len(before.test)
+        refuse_other_classes(notes, splits, Path("child.json"))
+        assert has_another_test_part(notes, data, splits)
+        # Of another folder nothing was said.
+        moved = folder.rename(folder.with_name("moved"))
+        assert not has_another_test_part(notes, Data(name="folder", folder=moved), splits_of(moved))
+
+    def test_other_names_of_classes(self, folder: Path) -> None:
+        notes, _, _ = self.read(folder)
+        (folder / "a").rename(folder / "z")
+        with pytest.raises(UserError) as caught:
+            refuse_other_classes(notes, splits_of(folder), Path("child.json"))
+        assert str(caught.value) == (
+            "child.json tells the classes a, b apart, but the folder has b, z: class 0 was 'a' and would be 'b'; give "
+            "each class its name as it was."
+        )
+
+    def test_files_without_notes(self, folder: Path) -> None:
+        _, data, splits = self.read(folder)
+        for notes in ({}, {"images": None}, data.model_dump(mode="json")):
+            refuse_other_classes(notes, splits, Path("child.json"))
+            assert not has_another_test_part(notes, data, splits)
 
 
 class TestReading:

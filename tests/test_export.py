@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +27,7 @@ from nni_cream.export import (
     TOLERANCE,
     check_images,
     export_checkpoint,
+    file_beside,
     largest_difference,
     print_exported,
 )
@@ -269,7 +271,8 @@ class TestRefusals:
         [
             ({"form": "tflite"}, "There is no format 'tflite' to export to; there are onnx, export, torchscript."),
             ({"form": "export", "opset": 18}, "which the format 'export' does not have."),
-            ({"resolution": 0}, "The resolution is a number of pixels above 0, not 0."),
+            ({"resolution": 0}, "The resolution is 0 pixels, but should be from 1 to 8192."),
+            ({"resolution": 100_000}, "The resolution is 100000 pixels, but should be from 1 to 8192."),
             ({"model": "cream_14"}, "holds the network"),
         ],
         ids=str,
@@ -303,6 +306,30 @@ class TestRefusals:
     def test_of_a_checkpoint_that_is_none(self, tmp_path: Path) -> None:
         with pytest.raises(UserError, match="There is no checkpoint"):
             export_checkpoint(tmp_path / "a.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("child.json", "child"),
+        ("net-v1.0.safetensors", "net-v1.0"),
+        ("net-v1.1.safetensors", "net-v1.1"),
+        ("287.pth.tar", "287"),
+        ("A.PTH", "A"),
+        ("epoch=3.ckpt", "epoch=3"),
+        ("v1.0", "v1.0"),
+        (".pt", ".pt"),
+    ],
+)
+def test_an_export_has_the_name_of_the_checkpoint(tmp_path: Path, name: str, expected: str) -> None:
+    assert file_beside(tmp_path / name, "onnx") == tmp_path / f"{expected}.onnx"
+    assert file_beside(tmp_path / name, "torchscript") == tmp_path / f"{expected}.pt" or name == ".pt"
+
+
+def test_versions_of_a_network_are_exported_beside_each_other(child: Path, tmp_path: Path) -> None:
+    files = [shutil.copy(child.with_suffix(".safetensors"), tmp_path / f"net-v1.{n}.safetensors") for n in (0, 1)]
+    outputs = [export_checkpoint(Path(file), form="torchscript").file.name for file in files]
+    assert outputs == ["net-v1.0.pt", "net-v1.1.pt"]
 
 
 def test_what_was_written_is_told(child: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -340,3 +367,14 @@ def test_every_published_network_can_be_written_as_onnx(name: str, tmp_path: Pat
         expected = network(batch)
         assert 10 * ((run(batch) - expected).abs().max() / expected.abs().max()) <= 1e-4
     assert notes["architecture"] == name
+
+
+def test_what_the_logits_of_a_folders_network_stand_for(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    network = with_opinions(build_network(str(PATH), 2, {}), 32)
+    images = {"class_names": ["cat", "dog"], "test": {"number": 4, "sha256": "0"}}
+    data = {**DATA, "name": "folder", "folder": str(tmp_path), "images": images}
+    file = tmp_path / "model.safetensors"
+    save_network(file, network, architecture=str(PATH), num_classes=2, data=data, size={})
+    _, notes = reader("torchscript", export_checkpoint(file, form="torchscript").file)
+    assert json.loads(notes["class_names"]) == ["cat", "dog"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from pathlib import Path
 from typing import Any
@@ -117,10 +118,18 @@ def test_a_folder_reaches_the_command_as_it_is(tmp_path: Path, folder: str) -> N
     settings = [words[place + 1] for place, word in enumerate(words) if word == "--set"]
     assert dict(map(parse_override, settings)) == {
         "data.name": "folder",
-        "data.folder": folder,
+        "data.folder": os.path.abspath(folder),
         "data.resolution": 32,
         "seed": 1,
     }
+
+
+def test_a_folder_is_found_from_another_working_directory(tmp_path: Path) -> None:
+    recipe = CREAM.model_copy(update={"data": CREAM.data.model_copy(update={"name": "folder", "folder": Path("a #1")})})
+    *_, again, _ = after_search(recipe, directory_of(tmp_path, recipe))
+    assert parse_override(again.words[again.words.index("--set") + 1]) == ("data.folder", os.path.abspath("a #1"))
+    *_, again, _ = after_search(CREAM, RunDirectory(tmp_path))
+    assert not any("data.folder" in word for word in again.words)
 
 
 @pytest.mark.parametrize("changes", [{"rank": 2}, {"inherit_weights": True}], ids=str)

@@ -7,7 +7,7 @@ import pytest
 
 from nni_cream.errors import UserError
 from nni_cream.recipe import CreamRecipe, DartsRecipe, EvaluationRecipe, RetrainRecipe
-from nni_cream.recipe_files import changed_settings, dotted_keys, load_recipe, parse_override
+from nni_cream.recipe_files import changed_settings, dotted_keys, load_recipe, parse_override, text_keys
 from nni_cream.settings import Optimizer, Settings
 from tests.recipes import SMALLEST, checked_sentence, refusal, write
 
@@ -154,6 +154,43 @@ class TestOverrides:
         with pytest.raises(UserError) as caught:
             parse_override(text)
         assert repr(text) in checked_sentence(str(caught.value))
+
+    @pytest.mark.parametrize(
+        ("value", "expected"),
+        [
+            ("/x/photos #2", "/x/photos #2"),
+            ("2024", "2024"),
+            ("2024-01-05", "2024-01-05"),
+            ("a: b", "a: b"),
+            ("@x", "@x"),
+            ("[x]", "[x]"),
+            ("true", "true"),
+            (" /x ", "/x"),
+            ("'/x #2'", "/x #2"),
+            ("'it''s'", "it's"),
+            ('"a\\tb"', "a\tb"),
+            (r'"a\q"', r'"a\q"'),
+            ("'a' and 'b'", "'a' and 'b'"),
+            ("'a' # 'b'", "'a' # 'b'"),
+            ("'2024'", "2024"),
+            ("'null'", "null"),
+            ("", None),
+            ("null", None),
+            ("~", None),
+        ],
+    )
+    def test_on_the_command_line_of_text_are_as_they_stand(self, value: str, expected: str | None) -> None:
+        key = "data.folder"
+        assert parse_override(f"{key}={value}", {key: True}) == (key, expected)
+        assert parse_override(f"{key}={value}", {key: False}) == (key, value if expected is None else expected)
+
+    @pytest.mark.parametrize(("kind", "of_data"), [(CreamRecipe, False), (RetrainRecipe, True)])
+    def test_of_text_are_known_from_the_recipe(self, kind: type[Settings], of_data: bool) -> None:
+        expected = {"name": False, "data.name": of_data, "data.folder": True, "data.augmentation.auto_augment": True}
+        expected["optimizer.name"] = False
+        if kind is CreamRecipe:
+            expected["latency.table"] = True
+        assert text_keys(kind) == expected
 
 
 class TestChangedSettings:

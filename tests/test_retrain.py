@@ -16,6 +16,8 @@ from nni_cream import retrain as module_under_test
 from nni_cream.architecture import CreamPath
 from nni_cream.child import Candidate, Child, build_network
 from nni_cream.cost import measure_network
+from nni_cream.data import load_data
+from nni_cream.data_checks import noted
 from nni_cream.errors import UserError
 from nni_cream.evaluate import evaluate, load_checkpoint
 from nni_cream.genotype import Genotype
@@ -23,6 +25,7 @@ from nni_cream.recipe import EvaluationRecipe, RetrainRecipe
 from nni_cream.recipe_files import load_recipe
 from nni_cream.retrain import retrain
 from nni_cream.runs import RunDirectory
+from nni_cream.settings import Data
 from nni_cream.training import ImageClassifier
 from tests.trainers import LIGHTNINGS_WARNINGS
 
@@ -111,6 +114,30 @@ def test_a_genotype_is_trained_and_tested(tmp_path: Path, candidate: Candidate) 
     before = file.stat().st_mtime_ns
     assert run(tmp_path / "run", candidate) == accuracy
     assert file.stat().st_mtime_ns == before
+
+
+def test_a_folder_that_has_changed_since_the_search_is_told_of(
+    tmp_path: Path, arranged: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    def add_images(numbers: range) -> None:
+        for name in ("cat", "dog"):
+            (tmp_path / "photos" / name).mkdir(parents=True, exist_ok=True)
+            for number in numbers:
+                Image.new("RGB", (9, 9), number).save(tmp_path / "photos" / name / f"{number}.png")
+
+    add_images(range(10))
+    data = Data(name="folder", folder=tmp_path / "photos", resolution=32)
+    notes = noted(data, load_data("folder", folder=data.folder, resolution=32))
+    path = CreamPath.parse("[0] [0] [1] [2] [3] [0] [0]")
+    file = tmp_path / "child.json"
+    child = Child(path, 2, 0.5, 1, 2, notes, {"name": "a", "seed": 0})
+    child.save(file, build_network(str(path), 2, {}))
+    changes = {"data": {"batch_size": 4}, "darts": {}, "auxiliary_weight": 0.0}
+    for more, told in ((range(0), False), (range(10, 16), True)):
+        add_images(more)
+        with pytest.raises(Stopped):
+            run(tmp_path / f"run{len(more)}", Candidate(file, ""), **changes)
+        assert (f"warning: {tmp_path / 'photos'} has changed since" in capsys.readouterr().err) == told
 
 
 @pytest.mark.parametrize("clip", [None, 5.0])
@@ -409,12 +436,92 @@ def test_it_computes_with_as_many_threads_as_it_is_told(
 def test_a_trial_that_nni_starts_again_after_its_end_reports_its_end(
     tmp_path: Path, board: Candidate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    result = {"network": "a", "test_accuracy": 0.5, "val_accuracy": 0.25, "flops": 3, "params": 4, "folder": "f"}
+    path = str(CreamPath.of(PATHS[0]))
+    result = {"network": path, "test_accuracy": 0.5, "val_accuracy": 0.25, "flops": 3, "params": 4, "folder": "f"}
     (tmp_path / "run").mkdir()
     (tmp_path / "run/result.json").write_text(json.dumps(result))
     reported: list[Any] = []
     monkeypatch.setattr(module_under_test.Reporter, "final", lambda _, metrics: reported.append(metrics))
     assert run(tmp_path / "run", board) == 0.5
     assert reported == [
-        {"default": 0.25, "val_accuracy": 0.25, "test_accuracy": 0.5, "flops": 3, "params": 4, "network": "a"}
+        {"default": 0.25, "val_accuracy": 0.25, "test_accuracy": 0.5, "flops": 3, "params": 4, "network": path}
     ]
+
+
+# Of the same parameters, so that the checkpoint of one fits the other.
+OTHER = Genotype(
+    normal=(("sep_conv_3x3", 0), ("skip_connect", 1), *EDGES[2:]),
+    normal_concat=(2, 3),
+    reduce=EDGES,
+    reduce_concat=(2, 3),
+)
+
+
+class TestAnotherTrainingInTheFolder:
+    def forget(self, folder: Path) -> None:
+        """Leave the folder as it was before it was noted of what a training is."""
+        file = folder / "environment.json"
+        noted = json.loads(file.read_text())
+        del noted["training"]
+        file.write_text(json.dumps(noted))
+
+    def train(self, folder: Path, text: str) -> float:
+        return run(folder, Candidate(None, text), data={**RECIPE["data"], "name": "digits"})
+
+    @pytest.mark.parametrize("noted", [True, False])
+    def test_that_has_ended(self, tmp_path: Path, noted: bool) -> None:
+        accuracy = self.train(tmp_path, str(GENOTYPE))
+        if not noted:
+            self.forget(tmp_path)
+        with pytest.raises(UserError) as caught:
+            self.train(tmp_path, str(OTHER))
+        before, now = (f"{one}{' on digits at 32 pixels' * noted}" for one in (GENOTYPE, OTHER))
+        sentence = f"{tmp_path} holds a training of {before}, not of {now}; choose another folder with --name."
+        assert str(caught.value) == sentence
+        assert self.train(tmp_path, str(GENOTYPE)) == accuracy
+        # As one may write it.
+        assert self.train(tmp_path, str(GENOTYPE).replace(" ", "")) == accuracy
+
+    def test_that_was_interrupted(self, tmp_path: Path, arranged: dict[str, Any]) -> None:
+        with pytest.raises(Stopped):
+            self.train(tmp_path, str(GENOTYPE))
+        arranged.clear()
+        with pytest.raises(UserError, match=r"holds a training of Genotype.*, not of Genotype"):
+            self.train(tmp_path, str(OTHER))
+        assert not arranged
+        with pytest.raises(Stopped):
+            self.train(tmp_path, str(GENOTYPE).replace(" ", ""))
+        self.forget(tmp_path)
+        with pytest.raises(Stopped):
+            self.train(tmp_path, str(GENOTYPE))
+
+    def test_by_another_recipe(self, tmp_path: Path, candidate: Candidate) -> None:
+        """Also where it has ended."""
+        run(tmp_path / "run", candidate)
+        with pytest.raises(UserError, match="holds a run of another recipe"):
+            run(tmp_path / "run", candidate, epochs=2)
+
+    def test_of_another_child_of_the_same_path(
+        self, tmp_path: Path, board: Candidate, arranged: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(module_under_test, "_inherit", lambda *_: None)
+        assert board.file is not None
+        found = json.loads(board.file.read_text())
+        others = {
+            True: ({**found, "search": {"name": "b", "seed": 1}}, "not of .* with the weights of the child of SHA-256"),
+            False: ({**found, "data": {"name": "digits", "resolution": 64}}, "at 32 pixels, not of .* at 64 pixels"),
+        }
+        for inherit, (content, expected) in others.items():
+            # Without weights to inherit it is the data that is the child's.
+            data = RECIPE["data"] if inherit else {**RECIPE["data"], "resolution": None}
+            folder = tmp_path / f"run{inherit}"
+            with pytest.raises(Stopped):
+                run(folder, board, inherit_weights=inherit, data=data)
+            (tmp_path / "other.json").write_text(json.dumps(content))
+            with pytest.raises(UserError, match=expected):
+                run(folder, Candidate(tmp_path / "other.json"), inherit_weights=inherit, data=data)
+            # The child may have been moved.
+            moved = Candidate(board.file.rename(tmp_path / "moved.json"))
+            with pytest.raises(Stopped):
+                run(folder, moved, inherit_weights=inherit, data=data)
+            (tmp_path / "moved.json").rename(board.file)

@@ -160,6 +160,36 @@ class TestRunDirectory:
         assert str(tmp_path) in str(caught.value)
         assert contents(tmp_path) == before
 
+    def test_refuses_another_training(self, tmp_path: Path) -> None:
+        directory = RunDirectory(tmp_path)
+        directory.keep_to("resnet18")
+        assert contents(tmp_path) == {}
+        directory.begin("name: a\n", seed=7)
+        assert json.loads((tmp_path / "environment.json").read_text())["training"] == "resnet18"
+        RunDirectory(tmp_path).keep_to("resnet18")
+        before = contents(tmp_path)
+        with pytest.raises(UserError) as caught:
+            RunDirectory(tmp_path).keep_to("resnet34")
+        sentence = f"{tmp_path} holds a training of resnet18, not of resnet34; choose another folder with --name."
+        assert str(caught.value) == sentence
+        assert contents(tmp_path) == before
+
+    def test_refuses_another_training_that_has_begun_meanwhile(self, tmp_path: Path) -> None:
+        late = RunDirectory(tmp_path)
+        late.keep_to("resnet34")
+        early = RunDirectory(tmp_path)
+        early.keep_to("resnet18")
+        early.begin("name: a\n", seed=7)
+        with pytest.raises(UserError, match="holds a training of resnet18, not of resnet34"):
+            late.begin("name: a\n", seed=7)
+
+    def test_takes_a_run_without_a_note_for_any_training(self, tmp_path: Path) -> None:
+        RunDirectory(tmp_path).begin("name: a\n", seed=7)
+        assert "training" not in json.loads((tmp_path / "environment.json").read_text())
+        directory = RunDirectory(tmp_path)
+        directory.keep_to("resnet34")
+        directory.begin("name: a\n", seed=7)
+
     def test_refuses_a_recipe_that_is_no_text(self, tmp_path: Path) -> None:
         (tmp_path / "recipe.yml").write_bytes(b"\xff")
         with pytest.raises(UserError, match="holds a run of another recipe"):

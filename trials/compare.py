@@ -61,10 +61,11 @@ def main() -> None:
     search = None if genotype else load_recipe(CreamRecipe, file.with_name("recipe.yml"), {})
     folder = RunDirectory.for_run(recipe.name, arguments.output).path
 
-    from nni_cream.compare import compare, kept_table, line_up, table
+    from nni_cream.compare import compare, kept_table, line_up, refuse_unfit, table
 
     latency = None if search is None else kept_table(search, RunDirectory(file.parent))
     contestants = line_up(child, search, data.resolution, arguments.random, arguments.networks, 0, latency)
+    refuse_unfit(recipe, contestants, child.num_classes)
     rows = compare(recipe, contestants, arguments.seeds, folder)
     print(f"folder: {folder.resolve()}")
     print(table(rows), end="", flush=True)

@@ -15,7 +15,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from nni_cream.cli import Parser, add_checkpoint_options, add_import, checkpoint_of, run
+from nni_cream.cli import Parser, add_checkpoint_options, add_import, checkpoint_of, refuse_unwritable, run
 
 
 def main() -> None:
@@ -32,8 +32,9 @@ def main() -> None:
     arguments = parser.parse_args()
     file = checkpoint_of(arguments)
 
-    from nni_cream.export import export_checkpoint, print_exported
+    from nni_cream.export import export_checkpoint, file_beside, print_exported
 
+    refuse_unwritable(arguments.output or file_beside(file, arguments.format))
     print(f"Exporting {file}.", flush=True)
     print_exported(
         export_checkpoint(

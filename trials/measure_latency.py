@@ -16,7 +16,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from nni_cream.cli import make_settings_parser, run, settings_of
+from nni_cream.cli import make_settings_parser, refuse_unwritable, run, settings_of
 from nni_cream.errors import UserError
 from nni_cream.recipe import CreamRecipe
 from nni_cream.recipe_files import load_recipe
@@ -56,11 +56,7 @@ def main() -> None:
         if value is not None and not least <= value <= most:
             raise UserError(f"--{option} is {value}, but should be from {least} to {most:,}.")
     recipe = load_recipe(CreamRecipe, arguments.recipe, settings_of(arguments))
-    if arguments.output.is_dir():
-        raise UserError(f"--output {arguments.output} is a folder; give a file, such as latency.json in it.")
-    nearest = next(folder for folder in arguments.output.absolute().parents if folder.exists())
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
-        raise UserError(f"--output {arguments.output} cannot be written: {nearest} is no folder that you may write to.")
+    refuse_unwritable(arguments.output)
 
     from nni_cream.timing import measure_latency, print_latency, space_of
 

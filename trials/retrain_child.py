@@ -96,7 +96,8 @@ def train_seeds(
     """Train with each of ``seeds``, in folders of their own.
 
     Raises:
-        UserError: as :func:`nni_cream.cli.open_run`, for every seed before the first is trained with.
+        UserError: as :func:`nni_cream.cli.open_run` and :func:`nni_cream.retrain.refuse_another_training`, for every
+            seed before the first is trained with.
     """
     if "seed" in overrides:
         raise UserError("--seeds and --set seed=… both give seeds; leave one out.")
@@ -106,8 +107,11 @@ def train_seeds(
         raise UserError(f"{folder} holds a training of one seed; choose another folder with --name.")
     runs = [(recipe, open_run(recipe, folder / f"seed{recipe.seed}")) for recipe in recipes]
 
+    from nni_cream.retrain import refuse_another_training
     from nni_cream.seeds import retrain_seeds
 
+    for recipe, directory in runs:
+        refuse_another_training(recipe, candidate, directory)
     retrain_seeds(runs, candidate, folder)
 
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import pickle
 import subprocess
 import sys
 import urllib.error
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torchvision.datasets import ImageFolder
 
 from nni_cream import _data_sources
 from nni_cream.data import DATA_SETS, load_data
@@ -107,6 +111,57 @@ class TestFolders:
             UserError, match=rf"class folder {tmp_path}/a holds no images .*, nor do 2 more beside it\."
         ):
             load_data("folder", folder=tmp_path, resolution=8)
+
+    def files(self, root: Path) -> list[str]:
+        """What is read of a data set, and that no image is in it twice."""
+        pool = _data_sources.load_source("folder", root, download=False).pool
+        assert isinstance(pool.store, tuple)
+        assert len({Path(path).resolve() for path in pool.store}) == len(pool.store) == len(pool.labels)
+        return [str(Path(path).relative_to(root)) for path in pool.store]
+
+    def test_folders_in_class_folders_are_read_in_the_order_of_torchvision(self, tmp_path: Path) -> None:
+        write_images(tmp_path, {"a": 1, "a/c-d": 1, "a/c": 2, "a/c/e": 1, "a/B": 1, "b": 1})
+        (tmp_path / "a/B/UPPER.JPG").write_bytes(b"")
+        (tmp_path / "a/B/notes.txt").write_bytes(b"")
+        expected = [path for path, _ in ImageFolder(tmp_path).samples]
+        assert [str(tmp_path / file) for file in self.files(tmp_path)] == expected
+        assert len(expected) == 8
+
+    def test_what_is_hidden_in_class_folders_is_left_out(self, tmp_path: Path) -> None:
+        write_images(tmp_path, {"a": 1, "a/.ipynb_checkpoints": 1, "a/more": 1, "a/more/.trash/old": 1, "b": 1})
+        (tmp_path / "a/._000.png").write_bytes(b"what macOS leaves")
+        assert self.files(tmp_path) == ["a/000.png", "a/more/000.png", "b/000.png"]
+
+    def test_a_link_adds_nothing_that_is_there_already(self, tmp_path: Path) -> None:
+        write_images(tmp_path, {"a": 2, "a/more": 1, "b": 1})
+        write_images(tmp_path / "elsewhere" / "c", {"d": 2})
+        (tmp_path / "elsewhere").rename(tmp_path.with_name(f"{tmp_path.name}-elsewhere"))
+        elsewhere = tmp_path.with_name(f"{tmp_path.name}-elsewhere")
+        (tmp_path / "a/loop").symlink_to(".")
+        (tmp_path / "a/more/up").symlink_to("..")
+        (tmp_path / "a/zzz.png").symlink_to("000.png")
+        (tmp_path / "b/again").symlink_to(elsewhere / "c")
+        (tmp_path / "b/further").symlink_to(elsewhere / "c/d")
+        assert len(self.files(tmp_path)) == 6
+
+    def test_a_folder_that_cannot_be_read(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        write_images(tmp_path, {"a": 10, "a/locked": 10, "b": 10})
+        scan = os.scandir
+
+        def refuse(place: str) -> Any:
+            if str(place).endswith("locked"):
+                raise PermissionError(errno.EACCES, "Permission denied", str(place))
+            return scan(place)
+
+        monkeypatch.setattr(os, "scandir", refuse)
+        sentence = f"data.folder {tmp_path}: {tmp_path}/a/locked cannot be read: Permission denied."
+        with pytest.raises(UserError) as caught:
+            load_data("folder", folder=tmp_path, resolution=8)
+        assert str(caught.value) == sentence
+
+    def test_a_name_that_no_folder_has(self, tmp_path: Path) -> None:
+        with pytest.raises(UserError, match="cannot be"):
+            load_data("folder", folder=tmp_path / ("a" * 300), resolution=8)
 
 
 class TestCifar:

@@ -7,12 +7,17 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from torch import nn
 
 from nni_cream.child import Child, save_network
 from nni_cream.cost import measure_network
+from nni_cream.data import load_data
+from nni_cream.data_checks import noted
 from nni_cream.evaluate import print_evaluation
-from tests.evaluate.measuring import DIGITS, PATH, as_in_training, digits, measured
+from nni_cream.models.cream import build_child
+from nni_cream.settings import Data
+from tests.evaluate.measuring import DIGITS, PATH, as_in_training, digits, measured, refusal
 
 
 class TestOurCheckpoint:
@@ -82,3 +87,37 @@ def test_the_notes_are_json(ours: Path) -> None:
 
     with safe_open(ours, "pt") as file:
         assert json.loads(file.metadata()["data"]) == DIGITS
+
+
+class TestFolderOfImages:
+    """What has become of the folder since the network was trained."""
+
+    @pytest.fixture
+    def file(self, tmp_path: Path) -> Path:
+        for name in ("cat", "dog"):
+            self.add_images(tmp_path / "photos" / name, range(10))
+        data = Data(name="folder", folder=tmp_path / "photos", resolution=32, batch_size=4)
+        notes = noted(data, load_data("folder", folder=data.folder, resolution=32))
+        file = tmp_path / "model.safetensors"
+        network = build_child(PATH, num_classes=2)
+        save_network(file, network, architecture=str(PATH), num_classes=2, data=notes, size={})
+        return file
+
+    def add_images(self, folder: Path, numbers: range) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        for number in numbers:
+            Image.new("RGB", (9, 9), number).save(folder / f"{number}.png")
+
+    def test_nothing(self, file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        measured(file)
+        assert "warning: " not in capsys.readouterr().err
+
+    def test_further_images(self, file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        self.add_images(file.parent / "photos" / "cat", range(10, 20))
+        measured(file)
+        (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: "))
+        assert line.startswith(f"warning: {file.parent / 'photos'} has changed since this network was found, so that")
+
+    def test_other_classes(self, file: Path) -> None:
+        (file.parent / "photos" / "cat").rename(file.parent / "photos" / "whale")
+        assert "class 0 was 'cat' and would be 'dog'" in refusal(file, settings={})

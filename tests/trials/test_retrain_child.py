@@ -25,7 +25,7 @@ from nni_cream.genotype import Genotype
 from nni_cream.seeds import Spread
 from tests.latency_tables import made_up
 from tests.test_retrain import GENOTYPE
-from tests.trials.commands import Began, call, main_of
+from tests.trials.commands import Began, call, content, main_of
 from tests.trials.processes import trial
 
 PATH = "[[0], [1], [3], [4, 0], [2], [3], [0]]"
@@ -209,6 +209,71 @@ def test_random_networks_keep_to_the_time_of_the_search(
     times = [table.of(CreamPath.parse(one.network)) for one in found if one.group == RANDOM]
     assert len(times) == 8
     assert all(1.45 <= time <= 1.55 for time in times)
+
+
+OTHER = "[[0], [0], [3], [4, 0], [2], [3], [0]]"
+DIGITS = settings(data__name="digits", data__resolution=32)
+
+
+@pytest.mark.parametrize("seeds", [(), ("--seeds", 0, 1)], ids=["one", "seeds"])
+def test_the_training_of_another_network_does_not_go_on(tmp_path: Path, seeds: tuple[object, ...]) -> None:
+    """Nor with any seed, where that of a later one is in the way."""
+    arguments = ("--name", "a", *DIGITS)
+    begun = ("--output", tmp_path / "runs/a/seed1", "--set", "seed=1") if seeds else ()
+    with pytest.raises(Began):
+        call("retrain_child", "--architecture", PATH, *begun, *arguments, folder=tmp_path)
+    before = content(tmp_path)
+    sentence = call("retrain_child", "--architecture", OTHER, *seeds, *arguments, folder=tmp_path).sentence()
+    folder = f"runs/a{'/seed1' if seeds else ''}"
+    assert sentence == (
+        f"{folder} holds a training of {PATH} on digits at 32 pixels, not of {OTHER} on digits at 32 pixels; choose "
+        "another folder with --name."
+    )
+    assert content(tmp_path) == before
+    with pytest.raises(Began):
+        call("retrain_child", "--architecture", PATH, *seeds, *arguments, folder=tmp_path)
+
+
+@pytest.fixture
+def searched(repository: Path, tmp_path: Path) -> Path:
+    """What a search leaves that a comparison reads."""
+    data = {"name": "digits", "resolution": 32}
+    child = Child(CreamPath.parse(PATH), 10, 0.5, 1, 2, data, {"name": "tiny", "seed": 0})
+    child.save(tmp_path / "runs/tiny/child.json", nn.Linear(1, 1))
+    (tmp_path / "runs/tiny/recipe.yml").write_text((repository / "tests/experiments/tiny_recipe.yml").read_text())
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("network", "expected"),
+    [
+        ("resnet19", "resnet19 cannot take part: timm has no network 'resnet19'; did you mean 'resnet18'?"),
+        ("vit_tiny_patch16_224", "vit_tiny_patch16_224 cannot take part: The network cannot take images of 32 pixels"),
+    ],
+)
+def test_networks_that_cannot_be_compared_are_refused_before_others_are_trained(
+    searched: Path, network: str, expected: str
+) -> None:
+    before = content(searched)
+    arguments = ("--random", 1, "--seeds", 0, "--networks", "cream_14", network)
+    assert call("compare", *arguments, folder=searched).sentence().startswith(expected)
+    assert content(searched) == before
+
+
+@pytest.mark.parametrize("other", [{"epochs": 7}, {"data__batch_size": 9}, {"optimizer__lr": 0.01}], ids=str)
+def test_trainings_by_two_recipes_are_not_compared(searched: Path, other: dict[str, object]) -> None:
+    arguments = ("--random", 1, "--seeds", 0, "--networks")
+    with pytest.raises(Began):
+        call("compare", *arguments, folder=searched)
+    # As if it had ended, and the next one were to be trained.
+    result = {"network": PATH, "folder": "a", "test_accuracy": 0.5, "val_accuracy": 0.5, "flops": 1, "params": 2}
+    (searched / "runs/compare-tiny/found/seed0/result.json").write_text(json.dumps(result))
+    before = content(searched)
+    sentence = call("compare", *arguments, *settings(**other), folder=searched).sentence()
+    assert sentence.startswith("runs/compare-tiny/found/seed0 holds a run of another recipe")
+    assert content(searched) == before
+    with pytest.raises(Began):
+        call("compare", *arguments, folder=searched)
 
 
 @pytest.mark.parametrize(("name", "arguments"), [("retrain_child", ("--seeds", 0, 1)), ("compare", ())])

@@ -33,6 +33,7 @@ CONFLICTS = [
 CONFLICTS += [
     ["--set", "data.augmentation={auto_augment: rand-m9, color_jitter: 0.4}"],
     ["--set", "data.batch_size=9999"],
+    ["--set", "device.threads=100000"],
 ]
 CONFLICTS += [["--set", "optimizer.lr=0.01", "--set", "schedule.min_lr=0.02"], ["--set", "data.folder=other"]]
 CONFLICTS += [["--set", "epochs=2", "--set", "schedule.warmup_epochs=2"], ["--set", "data.download=true"]]

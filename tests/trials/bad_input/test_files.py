@@ -178,7 +178,14 @@ class TestFiles:
         file = place / "run" / ("result.json" if name == "retrain_child" else "child.json")
         file.parent.mkdir()
         if name == "retrain_child":
-            result = {"network": "a", "folder": "b", "test_accuracy": 0.5, "val_accuracy": 0.5, "flops": 1, "params": 2}
+            result = {
+                "network": str(PATH),
+                "folder": "b",
+                "test_accuracy": 0.5,
+                "val_accuracy": 0.5,
+                "flops": 1,
+                "params": 2,
+            }
         else:
             result = json.loads((trained / "child.json").read_text(encoding="utf-8"))
         if name == "search_darts":

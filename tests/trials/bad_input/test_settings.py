@@ -31,10 +31,14 @@ COUNTS = NUMBERS | st.just(0) | FRACTIONS | st.integers(min_value=2_000_000)
 WORDS = TEXTS.map(lambda text: f"no {text}") | st.integers() | st.just(["sgd"])
 SWITCHES = TEXTS.map(lambda text: f"no {text}") | st.integers(min_value=2) | st.just([True])
 
+NAMES = st.text(alphabet="/ .-\t", max_size=3)
+# A training is named after the network, whatever the file says, and on the command line any name is text.
+NAMED_BY_TEXT = ("retrain_child", "name")
+
 COMMON = {
     "epochs": COUNTS,
     "seed": NUMBERS | st.integers(min_value=2**32),
-    "name": st.text(alphabet="/ .-\t", max_size=3) | st.integers(),
+    "name": NAMES | st.integers(),
     "checkpoint_minutes": NUMBERS | st.just(0),
     "skip_bad_steps": NUMBERS | FRACTIONS,
     "data.name": WORDS,
@@ -76,7 +80,7 @@ COMMON = {
     "device.devices": COUNTS | st.just(3),
     "device.precision": WORDS,
     "device.memory_format": WORDS,
-    "device.threads": COUNTS,
+    "device.threads": COUNTS | st.just(100_000),
 }
 LABEL_SMOOTHING = PROBABILITIES | st.just(1)
 SETTINGS = {
@@ -131,6 +135,7 @@ SETTINGS = {
     },
     "retrain_child": {
         **COMMON,
+        "name": NAMES,
         "rank": COUNTS | st.integers(min_value=2, max_value=9),
         "inherit_weights": SWITCHES | st.just(True),
         "label_smoothing": LABEL_SMOOTHING,
@@ -171,7 +176,7 @@ NULLABLE = re.compile(
 
 
 WRONG = {
-    (name, key): values if NULLABLE.search(key) else values | st.none()
+    (name, key): values if NULLABLE.search(key) or (name, key) == NAMED_BY_TEXT else values | st.none()
     for name, of_command in SETTINGS.items()
     for key, values in of_command.items()
 }
@@ -206,8 +211,7 @@ class TestRecipes:
     def is_refused(self, place: Path, trained: Path, name: str, key: str, value: Any, in_file: bool) -> None:
         recipe = base(name)
         extra: list[object] = []
-        # A training is named after the network, whatever the file says.
-        if in_file and (name, key) != ("retrain_child", "name"):
+        if (in_file and (name, key) != NAMED_BY_TEXT) or (key == "name" and not isinstance(value, str)):
             group = recipe
             *groups, last = key.split(".")
             for part in groups:
