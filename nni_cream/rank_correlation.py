@@ -8,6 +8,7 @@ of the Crop", NeurIPS 2020, with 30 paths on a part of ImageNet.
 from __future__ import annotations
 
 import itertools
+import os
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -67,8 +68,10 @@ class FinishedSearch:
         Raises:
             UserError: if no Cream search has ended there.
         """
+        if os.path.isfile(folder):
+            raise UserError(f"{folder} is a file; give the folder of a search, such as {folder.parent}.")
         directory = RunDirectory(folder)
-        if not directory.child.exists():
+        if not os.path.exists(directory.child):
             raise UserError(
                 f"{folder} holds no search that has ended (it has no {directory.child.name}); give the folder of a "
                 "Cream search, such as runs/cream_mnist5k."

@@ -52,7 +52,8 @@ def retrain(recipe: RetrainRecipe, candidate: Candidate, directory: RunDirectory
     reporter = Reporter(directory.path, quiet=on_terminal())
     if result_file.exists():
         print(f"{directory.path} holds a training that has ended; choose another folder with --name for a new one.")
-        result = read_result(result_file)
+        # The folder may have been moved since.
+        result = {**read_result(result_file), "folder": str(directory.path.resolve())}
         if is_first():
             # NNI starts a trial again whose end it has not seen.
             reporter.deliver()

@@ -434,7 +434,7 @@ def test_it_computes_with_as_many_threads_as_it_is_told(
 
 
 def test_a_trial_that_nni_starts_again_after_its_end_reports_its_end(
-    tmp_path: Path, board: Candidate, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, board: Candidate, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = str(CreamPath.of(PATHS[0]))
     result = {"network": path, "test_accuracy": 0.5, "val_accuracy": 0.25, "flops": 3, "params": 4, "folder": "f"}
@@ -443,6 +443,8 @@ def test_a_trial_that_nni_starts_again_after_its_end_reports_its_end(
     reported: list[Any] = []
     monkeypatch.setattr(module_under_test.Reporter, "final", lambda _, metrics: reported.append(metrics))
     assert run(tmp_path / "run", board) == 0.5
+    # Where it is by now.
+    assert f"folder: {tmp_path / 'run'}\n" in capsys.readouterr().out
     assert reported == [
         {"default": 0.25, "val_accuracy": 0.25, "test_accuracy": 0.5, "flops": 3, "params": 4, "network": path}
     ]

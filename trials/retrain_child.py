@@ -12,6 +12,7 @@ a genotype of DARTS.
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -43,8 +44,9 @@ def chosen(file: Path | None, architecture: str | None) -> Candidate:
     file = file or newest_search()
     if file is None:
         print("No search has run yet (there is no child.json below runs/): training the published cream_14 instead.")
-    elif not file.exists():
-        raise UserError(f"There is no child {file}; a search writes child.json into its run directory.")
+    # Unlike the path's own, this is no error where the folder must not be looked into.
+    elif not os.path.exists(file):
+        raise UserError(f"There is no child {file} to be read; a search writes child.json into its run directory.")
     else:
         print(f"Training the child of {file}.", flush=True)
     return Candidate(file)

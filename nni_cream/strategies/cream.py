@@ -132,7 +132,8 @@ class CreamStrategy(OneShotStrategy):
             # Images may be on the device of the search already, where the space comes only when that begins.
             num_classes = space(images[:2].to(next(space.parameters()).device)).shape[-1]
         self._description = (paths, table, num_classes)
-        if self.ranking_dataloader is None:
+        # A data module is set up once more for the training, and may divide its images anew.
+        if self.ranking_dataloader is None and not evaluator.datamodule:
             self.ranking_dataloader = loader
         return super()._initialize(model_space, engine)
 

@@ -129,7 +129,7 @@ class CreamLightningModule(BaseOneShotLightningModule):
         paths: the choices of the space.
         table: what each choice costs.
         num_classes: length of the logits.
-        ranking_batches: held-out batches for the final ranking.
+        ranking_batches: held-out batches for the final ranking; the trainer's validation batches if None.
     """
 
     def __init__(
@@ -448,10 +448,7 @@ class CreamLightningModule(BaseOneShotLightningModule):
 
     def _next_held_out(self) -> tuple[Tensor, Tensor]:
         if self._held_out is None:
-            if self.trainer.val_dataloaders is None:
-                # Lightning asks for it when the first validation is due, which may be epochs later.
-                self.trainer.fit_loop.epoch_loop.val_loop.setup_data()
-            loader = copy.copy(self.trainer.val_dataloaders)
+            loader = copy.copy(self._validation_loader())
             if isinstance(loader, DataLoader):
                 # The validation of an epoch would begin an iterator anew whose workers it shares.
                 loader._iterator = None
@@ -465,6 +462,12 @@ class CreamLightningModule(BaseOneShotLightningModule):
             batch = next(self._held_out)
             if not _is_too_small(batch):
                 return self._moved(batch)
+
+    def _validation_loader(self) -> Any:
+        if self.trainer.val_dataloaders is None:
+            # Lightning asks for it when the first validation is due, which may be epochs later.
+            self.trainer.fit_loop.epoch_loop.val_loop.setup_data()
+        return self.trainer.val_dataloaders
 
     def _moved(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """Do with a batch what Lightning does with those of its own loops: right precision, right device."""
@@ -535,9 +538,10 @@ class CreamLightningModule(BaseOneShotLightningModule):
 
     def _rank(self) -> None:
         ranked = []
+        batches = self._validation_loader() if self._ranking_batches is None else self._ranking_batches
         for entry in self.board.entries:
             self._activate(entry.path)
-            held_out = map(self._moved, self._ranking_batches)
+            held_out = map(self._moved, batches)
             correct, seen = total(*count_right(self.model, self.training_module, self._calibration_images(), held_out))
             sample, cost = self.paths.to_sample(entry.path), self.cost(entry.path)
             ranked.append(RankedPath(sample, correct / seen, cost, self.latency(entry.path)))

@@ -16,6 +16,7 @@ from nni.nas.space import RawFormatModelSpace
 from torch.utils.data import IterableDataset, TensorDataset
 
 from nni_cream.errors import UserError
+from nni_cream.strategies import cream_module
 from nni_cream.strategies.cream import CreamStrategy
 from tests.six_paths import CLASSES, SixPaths
 from tests.strategies.cream.searches import BATCH, HELD_OUT, Search
@@ -143,6 +144,37 @@ def test_a_data_module_is_set_up_first(data: TensorDataset) -> None:
     search = Search(data)
     search.evaluator = Lightning(search.evaluator.module, search.evaluator.trainer, datamodule=Data())
     assert search.run().reports == Search(data).run().reports
+
+
+def test_a_data_module_that_divides_its_images_anew_is_ranked_on_those_of_the_training(data: TensorDataset) -> None:
+    class Data(pl.LightningDataModule):
+        divisions = 0
+
+        def setup(self, stage: str) -> None:
+            self.divisions += 1
+            # By another number a validation would have other accuracies.
+            self.held_out = TensorDataset(*data[: 10 * self.divisions])
+
+        def train_dataloader(self) -> Any:
+            return DataLoader(data, batch_size=BATCH)
+
+        def val_dataloader(self) -> Any:
+            return DataLoader(self.held_out, batch_size=BATCH)
+
+    search = Search(data)
+    search.evaluator = Lightning(search.evaluator.module, search.evaluator.trainer, datamodule=Data())
+    counts: list[int] = []
+    with pytest.MonkeyPatch.context() as patch:
+        count_right = cream_module.count_right
+
+        def counted(*arguments: Any) -> tuple[int, int]:
+            right, seen = count_right(*arguments)
+            counts.append(seen)
+            return right, seen
+
+        patch.setattr(cream_module, "count_right", counted)
+        search.run()
+    assert set(counts) == {20}
 
 
 def test_a_nas_experiment_runs_it(data: TensorDataset, nas_experiment: Callable[..., Any]) -> None:
