@@ -69,7 +69,7 @@ class FinishedSearch:
             UserError: if no Cream search has ended there.
         """
         if os.path.isfile(folder):
-            raise UserError(f"{folder} is a file; give the folder of a search, such as {folder.parent}.")
+            raise UserError(f"{folder} is a file; give the folder of a search, perhaps the one that it is in.")
         directory = RunDirectory(folder)
         if not os.path.exists(directory.child):
             raise UserError(

@@ -176,7 +176,7 @@ class TestSearches:
 
     def test_that_have_not_ended(self, tmp_path: Path) -> None:
         (tmp_path / "child.json").touch()
-        with pytest.raises(UserError, match=rf"is a file; give the folder of a search, such as {tmp_path}\."):
+        with pytest.raises(UserError, match=r"child\.json is a file; give the folder of a search, perhaps"):
             FinishedSearch.open(tmp_path / "child.json")
         (tmp_path / "child.json").unlink()
         with pytest.raises(UserError, match=r"holds no search that has ended \(it has no child\.json\)"):
