@@ -70,7 +70,7 @@ def noted(data: Data, splits: DataSplits) -> dict[str, Any]:
     settings = data.model_dump(mode="json")
     if data.folder is None:
         return settings
-    images = {"class_names": list(splits.class_names), "test": asdict(_fingerprint(splits, ("test",)))}
+    images = {"class_names": _as_text(splits.class_names), "test": asdict(_fingerprint(splits, ("test",)))}
     return {**settings, "folder": os.path.abspath(data.folder), "images": images}
 
 
@@ -91,13 +91,12 @@ def refuse_other_classes(notes: Mapping[str, Any], splits: DataSplits, file: Pat
     Raises:
         UserError: if the classes have other names, or another order.
     """
-    before = class_names(notes)
-    if before is not None and before != list(splits.class_names):
-        position = next((i for i, (a, b) in enumerate(zip(before, splits.class_names, strict=False)) if a != b), 0)
+    before, now = class_names(notes), _as_text(splits.class_names)
+    if before is not None and before != now:
+        position = next((i for i, (a, b) in enumerate(zip(before, now, strict=False)) if a != b), 0)
         raise UserError(
-            f"{file} tells the classes {_some(before)} apart, but the folder has {_some(splits.class_names)}: class "
-            f"{position} was {before[position]!r} and would be {splits.class_names[position]!r}; give each class its "
-            "name as it was."
+            f"{file} tells the classes {_some(before)} apart, but the folder has {_some(now)}: class {position} was "
+            f"{before[position]!r} and would be {now[position]!r}; give each class its name as it was."
         )
 
 
@@ -119,6 +118,11 @@ def warn_of_another_test_part(notes: Mapping[str, Any], data: Data, splits: Data
             "images of it may have been searched or trained with; a folder 'test' beside 'train' stays what it is.",
             file=sys.stderr,
         )
+
+
+def _as_text(names: Sequence[str]) -> list[str]:
+    # Names of folders are bytes, which need not be text in any encoding; files of networks hold text.
+    return [os.fsencode(name).decode(errors="backslashreplace") for name in names]
 
 
 def _images_of(notes: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -2,14 +2,17 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
+from torch import nn
 
 from nni_cream import data_checks
+from nni_cream.child import save_network
 from nni_cream.data import DataSplits, load_data
 from nni_cream.data_checks import (
     fingerprint,
@@ -19,6 +22,7 @@ from nni_cream.data_checks import (
     refuse_unreadable,
 )
 from nni_cream.errors import UserError
+from nni_cream.runs import write_json
 from nni_cream.settings import Data
 
 
@@ -114,6 +118,15 @@ class TestNotes:
             "child.json tells the classes a, b apart, but the folder has b, z: class 0 was 'a' and would be 'b'; give "
             "each class its name as it was."
         )
+
+    def test_names_of_classes_that_are_no_text(self, folder: Path, tmp_path: Path) -> None:
+        (folder / "a").rename(os.fsdecode(os.fsencode(folder) + b"/a\xff"))
+        notes, _, splits = self.read(folder)
+        assert notes["images"]["class_names"] == ["a\\xff", "b"]
+        refuse_other_classes(notes, splits, Path("child.json"))
+        # A search would fail in its end else.
+        save_network(tmp_path / "a.safetensors", nn.Linear(1, 1), architecture="a", num_classes=2, data=notes, size={})
+        write_json(tmp_path / "child.json", notes)
 
     def test_files_without_notes(self, folder: Path) -> None:
         _, data, splits = self.read(folder)
