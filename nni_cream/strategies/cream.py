@@ -21,7 +21,8 @@ from nni_cream.cost import CostTable, measure_space
 from nni_cream.errors import UserError
 from nni_cream.latency import LatencyBudget
 from nni_cream.loading import validation_loader
-from nni_cream.strategies.cream_module import CreamLightningModule, CreamSettings, NamedPrior, Teacher
+from nni_cream.strategies.cream_module import CreamLightningModule
+from nni_cream.strategies.settings import CreamSettings, NamedPrior, Teacher
 from nni_cream.supernet.batch_norm import batch_statistics
 from nni_cream.supernet.paths import PathSpace
 

@@ -10,10 +10,10 @@ from __future__ import annotations
 import copy
 import functools
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any
 
 import nni
 import numpy as np
@@ -29,17 +29,17 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader
 
 from nni_cream import soundness
-from nni_cream.arguments import above_zero, at_least, one_of
 from nni_cream.averages import StepMean
 from nni_cream.board import BoardEntry, BoardHistory, PrioritizedBoard
 from nni_cream.cost import Cost, CostTable
 from nni_cream.distributed import agreed, average_, gathered, mean, processes, total
 from nni_cream.errors import UserError
-from nni_cream.latency import TICKS, LatencyBudget
+from nni_cream.latency import TICKS
 from nni_cream.launching import refuse_other_strategies
 from nni_cream.loading import first_batches
 from nni_cream.matching import MatchingLayer, matching_gradient
 from nni_cream.sampling import Path, PathSampler, Prior
+from nni_cream.strategies.settings import CreamSettings
 from nni_cream.supernet.batch_norm import batch_norms, batch_statistics, count_right, recalibrated
 from nni_cream.supernet.paths import PathSpace, activate, read_prior
 from nni_cream.supernet.synchronised import alone
@@ -48,9 +48,6 @@ from nni_cream.training import loss_scale
 # Paths that are measured at the end of an epoch while nothing is on the board yet.
 _PROBES = 3
 _TOP1_WEIGHT = 0.5
-
-NamedPrior = Literal["even", "board"]
-Teacher = Literal["matching", "top1", "none"]
 
 
 @dataclass(frozen=True)
@@ -72,43 +69,6 @@ class RankedPath:
     @property
     def _order(self) -> tuple[float, float, str]:
         return (-self.accuracy, self.cost.macs if self.latency is None else self.latency, str(self.sample))
-
-
-@dataclass(frozen=True)
-class CreamSettings:
-    """What :class:`CreamStrategy` is told; the attributes are described there.
-
-    Raises:
-        UserError: if one of them is out of its range.
-    """
-
-    board_size: int
-    board_images: int
-    admission_gap: float
-    warmup_epochs: int
-    prior: NamedPrior | Sequence[float] | Mapping[str, Sequence[float]]
-    teacher: Teacher
-    flops_range: tuple[float, float] | None
-    latency: LatencyBudget | None
-    label_smoothing: float
-    meta_interval: int
-    matching_lr: float
-    recalibration_batches: int
-    seed: int
-
-    def __post_init__(self) -> None:
-        if isinstance(self.prior, str):
-            one_of("prior", self.prior, get_args(NamedPrior))
-        one_of("teacher", self.teacher, get_args(Teacher))
-        at_least(
-            1,
-            board_size=self.board_size,
-            meta_interval=self.meta_interval,
-            recalibration_batches=self.recalibration_batches,
-        )
-        at_least(0, warmup_epochs=self.warmup_epochs, admission_gap=self.admission_gap, seed=self.seed)
-        at_least(0, label_smoothing=self.label_smoothing)
-        above_zero(board_images=self.board_images, matching_lr=self.matching_lr)
 
 
 @dataclass(frozen=True)
@@ -209,7 +169,7 @@ class CreamLightningModule(BaseOneShotLightningModule):
         Args:
             groups: as of :func:`batch_statistics`.
         """
-        # As eval() would do it, but in a hundredth of the milliseconds that it takes for all modules of a supernet.
+        # What eval() does, past the checks of attributes in nn.Module, which are slow for all modules of a supernet.
         training = [vars(module) for module in self._others if module.training]
         try:
             for attributes in training:

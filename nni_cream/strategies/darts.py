@@ -22,16 +22,8 @@ from nni_cream.cost import CostTable, measure_space
 from nni_cream.errors import UserError
 from nni_cream.hypergradient import PUBLISHED_RADIUS
 from nni_cream.loading import validation_loader
-from nni_cream.strategies.darts_module import (
-    ALPHA,
-    TRAIN,
-    DartsLightningModule,
-    DartsSettings,
-    EigenvalueGuard,
-    Execution,
-    HypergradientKind,
-    Order,
-)
+from nni_cream.strategies.darts_module import ALPHA, TRAIN, DartsLightningModule
+from nni_cream.strategies.settings import DartsSettings, EigenvalueGuard, Execution, HypergradientKind, Order
 from nni_cream.supernet.alphas import Alphas
 from nni_cream.supernet.expected_cost import ExpectedCost
 from nni_cream.supernet.mixed import ALPHAS, refuse, relax_choice

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import Any, Final, Literal, get_args
+from typing import Any, Final
 
 import nni
 import torch
@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from torchmetrics.aggregation import SumMetric
 
 from nni_cream import hypergradient, soundness
-from nni_cream.arguments import above_zero, at_least, one_of
 from nni_cream.averages import StepMean
 from nni_cream.collapse import WINDOW, rises_sharply
 from nni_cream.cuda_graphs import Recorded, Recorder
@@ -30,57 +29,17 @@ from nni_cream.errors import UserError
 from nni_cream.genotype import CellKind, entropy
 from nni_cream.hypergradient import Hypergradient
 from nni_cream.launching import refuse_other_strategies
+from nni_cream.strategies.settings import DartsSettings
 from nni_cream.supernet.alphas import Alphas
 from nni_cream.supernet.expected_cost import ExpectedCost
 from nni_cream.supernet.functional import has_tied_parameters, pure_loss
 from nni_cream.supernet.mixed_cell import MixedCell
 from nni_cream.training import loss_scale
 
-Order = Literal["first", "second"]
-HypergradientKind = Literal["exact", "finite_difference"]
-EigenvalueGuard = Literal["off", "track", "stop", "rollback"]
-Execution = Literal["fused", "textbook"]
 Batch = tuple[Tensor, Tensor]
 
 TRAIN: Final = "train"
 ALPHA: Final = "alpha"
-
-
-@dataclass(frozen=True)
-class DartsSettings:
-    """What :class:`DartsStrategy` is told; the attributes are described there.
-
-    Raises:
-        UserError: if one of them is out of its range.
-    """
-
-    order: Order
-    hypergradient: HypergradientKind
-    radius: float
-    warmup_epochs: int
-    alpha_lr: float
-    alpha_betas: tuple[float, float]
-    alpha_weight_decay: float
-    gradient_clip: float | None
-    label_smoothing: float
-    stop_above_skips: int | None
-    skip_limit: int | None
-    eigenvalue: EigenvalueGuard
-    flops_target: float | None
-    flops_weight: float
-    execution: Execution
-    cuda_graphs: bool
-
-    def __post_init__(self) -> None:
-        one_of("order", self.order, get_args(Order))
-        one_of("hypergradient", self.hypergradient, get_args(HypergradientKind))
-        one_of("eigenvalue", self.eigenvalue, get_args(EigenvalueGuard))
-        one_of("execution", self.execution, get_args(Execution))
-        at_least(0, warmup_epochs=self.warmup_epochs, alpha_weight_decay=self.alpha_weight_decay)
-        at_least(0, label_smoothing=self.label_smoothing)
-        at_least(0, stop_above_skips=self.stop_above_skips, skip_limit=self.skip_limit)
-        above_zero(radius=self.radius, alpha_lr=self.alpha_lr, gradient_clip=self.gradient_clip)
-        above_zero(flops_target=self.flops_target, flops_weight=self.flops_weight)
 
 
 @dataclass(frozen=True)
