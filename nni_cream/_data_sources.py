@@ -196,7 +196,7 @@ def _imagenet(root: Path) -> Source:
         if not (root / part).is_dir():
             raise UserError(
                 f"ImageNet was looked for as train/ and val/, folders of class folders, in {root}, where {part}/ is "
-                "missing; it is to be had, after registration, from https://image-net.org/download."
+                "missing; get it, after registration, from https://image-net.org/download."
             )
     class_names = _class_folders(root / "train")
     return _from_files("imagenet", class_names, _listed(root / "train"), test=_listed(root / "val", class_names))

@@ -24,7 +24,7 @@ from nni_cream.latency import LatencyTable
 from nni_cream.ranks import is_first
 from nni_cream.recipe import CreamRecipe, RetrainRecipe
 from nni_cream.retrain import build_for_training, refuse_another_training, refuse_untrainable
-from nni_cream.runs import RunDirectory, read_json, write_json, write_text
+from nni_cream.runs import RunDirectory, describe_environment, read_json, write_json, write_text
 from nni_cream.sampling import PathSampler
 from nni_cream.seeds import Spread, retrain_seeds
 from nni_cream.settings import DartsSpaceSettings
@@ -313,7 +313,10 @@ def compare(recipe: RetrainRecipe, contestants: Sequence[Contestant], seeds: Seq
         return []
     groups = list(dict.fromkeys(contestant.group for contestant in contestants))
     rows = [_row(group, [s for s in summaries.values() if s["group"] == group]) for group in groups]
-    write_json(folder / "comparison.json", {"rows": [asdict(row) for row in rows], "networks": summaries})
+    write_json(
+        folder / "comparison.json",
+        {"rows": [asdict(row) for row in rows], "networks": summaries, **describe_environment()},
+    )
     write_text(folder / "comparison.md", table(rows))
     return rows
 

@@ -325,6 +325,12 @@ def _transforms(source: Source, augmentation: Augmentation, resolution: int) -> 
     """The training and the evaluation transform."""
     arguments = source.augmentation.given() | augmentation.given()
     padding, cutout = arguments.pop("crop_padding", None), arguments.pop("cutout", None)
+    for name, pixels in (("crop_padding", padding), ("cutout", cutout)):
+        if pixels is not None and pixels >= resolution:
+            raise UserError(
+                f"augmentation.{name}={pixels} could leave nothing of an image of {resolution} pixels; it must be "
+                "smaller than that."
+            )
     prepared = preparation(source.name, resolution, arguments.get("interpolation"))
     common = {name: prepared[name] for name in ("input_size", "mean", "std")}
     try:

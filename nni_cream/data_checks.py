@@ -32,7 +32,7 @@ class Fingerprint:
     Attributes:
         number: of images.
         sha256: of class names, labels, division, and of what the images are: the names of files below the folder that
-            they share, or pixels. Not of what is in files: one may be mended.
+            they share, or pixels. Not of what is in files: one may be repaired.
     """
 
     number: int

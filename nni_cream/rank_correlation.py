@@ -30,7 +30,7 @@ from nni_cream.plots.rank_correlation import Panel, draw_rank_correlation
 from nni_cream.plots.style import save_figure
 from nni_cream.recipe import CreamRecipe, RetrainRecipe
 from nni_cream.recipe_files import load_recipe, to_yaml
-from nni_cream.runs import RunDirectory, write_json, write_text
+from nni_cream.runs import RunDirectory, describe_environment, write_json, write_text
 from nni_cream.search import arrange_in_memory, load_splits, make_loader, make_training_loader
 from nni_cream.seeds import Spread, summarize
 from nni_cream.settings import ChildData
@@ -307,6 +307,7 @@ def put_together(
                 }
                 for place, (path, summary) in enumerate(zip(plan, summaries, strict=True))
             ],
+            **describe_environment(),
         },
     )
     panels = [

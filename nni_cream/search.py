@@ -465,6 +465,6 @@ def on_device(device: Device, **arguments: Any) -> Any:
         )
     except MisconfigurationException as error:
         raise UserError(
-            f"device.accelerator {device.accelerator!r} with device.devices {device.devices} is not to be had on this "
-            f"machine: {str(error).rstrip('.!')}."
+            f"device.accelerator {device.accelerator!r} with device.devices {device.devices} is not available on "
+            f"this machine: {str(error).rstrip('.!')}."
         ) from None

@@ -248,7 +248,7 @@ def space_of(recipe: CreamRecipe, num_classes: int | None = None) -> tuple[Cream
         num_classes: of its data; None to look there.
 
     Raises:
-        UserError: if the recipe leads to no space, or its data is not to be had.
+        UserError: if the recipe leads to no space, or its data cannot be loaded.
     """
     from search_spaces.cream import CreamSpace, plan_space
 

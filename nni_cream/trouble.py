@@ -82,7 +82,7 @@ def _sentence(error: BaseException) -> str | None:
         place = error.filename2 or error.filename or "A file of the run directory"
         if isinstance(place, bytes):
             place = place.decode(errors="replace")
-        remedy = f"make room, and {_GOES_ON}" if error.errno in _FULL else f"once that is mended, {_GOES_ON}"
+        remedy = f"make room, and {_GOES_ON}" if error.errno in _FULL else f"once that is repaired, {_GOES_ON}"
         verb = "written" if error.errno in _FULL else "used"
         return f"{place} cannot be {verb}: {error.strerror}; {remedy}."
     return None

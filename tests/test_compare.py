@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -183,6 +185,8 @@ def test_all_are_trained_alike_and_only_once(tmp_path: Path, monkeypatch: pytest
     assert [row["group"] for row in written["rows"]] == [FOUND, RANDOM]
     assert written["rows"][1]["test_accuracy"] == vars(rows[1].test_accuracy)
     assert list(written["networks"]) == ["found", "random1", "random2"]
+    assert written["versions"]["torch"] == version("torch")
+    assert written["machine"]["cores"] == os.cpu_count()
 
     def fails(*_: Any, **__: Any) -> Any:
         raise AssertionError("trained again")

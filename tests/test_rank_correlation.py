@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -240,6 +241,7 @@ class TestResult:
         assert [found["tau"]["value"] for found in stored["searches"].values()] == pytest.approx(taus)
         assert stored["differences_to_the_first"]["uniform"]["value"] == pytest.approx(taus[1] - taus[0])
         assert stored["tau_between_seeds"] is None
+        assert stored["versions"]["torch"] == version("torch")
         low, high = stored["searches"]["cream"]["tau"]["interval"]
         difference = stored["differences_to_the_first"]["uniform"]
         lines = text.splitlines()

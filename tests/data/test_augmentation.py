@@ -157,6 +157,8 @@ class TestAugmentation:
             ),
             (Augmentation(crop_padding=0), "crop_padding is a number of pixels above 0, got 0"),
             (Augmentation(cutout=-1), "cutout is a number of pixels above 0, got -1"),
+            (Augmentation(cutout=8), r"cutout=8 could leave nothing of an image of 8 pixels; it must be smaller"),
+            (Augmentation(crop_padding=8), "crop_padding=8 could leave nothing of an image of 8 pixels; it must be"),
             (Augmentation(crop_padding=4, scale=(0.5, 1.0)), "crop_padding=4 takes the place of the crop by augm"),
             (Augmentation(crop_padding=4, ratio=(1.0, 1.0)), "crop_padding=4 takes the place .* give one or the other"),
             (Augmentation(auto_augment="rand-m9", color_jitter=0.4), "color_jitter=0.4 has no effect beside"),
