@@ -47,7 +47,11 @@ def measure(module: nn.Module, *inputs: Tensor) -> Cost:
     finally:
         for part, training in modes:
             part.training = training
-    return Cost(counter.get_total_flops() // 2, sum(p.numel() for p in module.parameters()))
+    return Cost(counter.get_total_flops() // 2, _parameters(module))
+
+
+def _parameters(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def measure_network(network: nn.Module, resolution: int) -> Cost:
@@ -58,7 +62,9 @@ def measure_network(network: nn.Module, resolution: int) -> Cost:
     Raises:
         UserError: if it cannot take such images.
     """
-    on_meta: Any = copy.deepcopy(network).to("meta")
+    # Without gradients, also those of parameters that a network gives to its layers as inputs: the counter asks for the
+    # function of an input's gradient, which there is none of here.
+    on_meta: Any = copy.deepcopy(network).to("meta").requires_grad_(False)
     if getattr(on_meta, "auxiliary_head", None) is not None:
         on_meta.auxiliary_head = None
     try:
@@ -101,8 +107,8 @@ def measure_space(space: nn.Module, image_shape: tuple[int, ...]) -> CostTable:
     """Measure every candidate of every ``LayerChoice`` of an NNI model space.
 
     Args:
-        space: a space of ``LayerChoice`` in which each choice is made once in a forward pass. Input choices cost
-            nothing. It is not touched.
+        space: a space of ``LayerChoice``. One that runs several times in a forward pass costs the sum of these, and one
+            that runs in training alone no MACs. Input choices cost nothing. It is not touched.
         image_shape: shape of one image, ``(3, R, R)``.
 
     Raises:
@@ -110,7 +116,7 @@ def measure_space(space: nn.Module, image_shape: tuple[int, ...]) -> CostTable:
     """
     from nni.nas.nn.pytorch import LayerChoice
 
-    on_meta = copy.deepcopy(space).to("meta").eval()
+    on_meta = copy.deepcopy(space).to("meta").eval().requires_grad_(False)
     choices = {name: module for name, module in on_meta.named_modules() if isinstance(module, LayerChoice)}
     for outer, choice in choices.items():
         if any(isinstance(inner, LayerChoice) for inner in choice.modules() if inner is not choice):
@@ -118,9 +124,9 @@ def measure_space(space: nn.Module, image_shape: tuple[int, ...]) -> CostTable:
                 f"The choice {choice.label!r} ({outer}) holds further choices; costs of nested choices do not add up."
             )
 
-    inputs: dict[str, tuple[Any, ...]] = {}
+    inputs: dict[str, list[tuple[Any, ...]]] = {name: [] for name in choices}
     handles = [
-        choice.register_forward_pre_hook(lambda _module, args, name=name: inputs.__setitem__(name, args))
+        choice.register_forward_pre_hook(lambda _module, args, name=name: inputs[name].append(args))
         for name, choice in choices.items()
     ]
     fixed = measure(on_meta, torch.empty(1, *image_shape, device="meta"))
@@ -129,7 +135,10 @@ def measure_space(space: nn.Module, image_shape: tuple[int, ...]) -> CostTable:
 
     table: dict[str, tuple[Cost, ...]] = {}
     for name, choice in choices.items():
-        options = tuple(measure(candidate, *inputs[name]) for candidate in choice)
+        options = tuple(
+            Cost(sum(measure(candidate, *args).macs for args in inputs[name]), _parameters(candidate))
+            for candidate in choice
+        )
         # The dry run went through the default candidate, while all candidates' parameters were counted.
         executed = options[choice.names.index(choice._dry_run_choice)]
         fixed = fixed - Cost(executed.macs, sum(option.params for option in options))

@@ -40,6 +40,23 @@ class Twice(nas.ModelSpace):
         return self.head(features.mean((2, 3)))
 
 
+class Again(nas.ModelSpace):
+    """One choice runs twice, on two sizes, and one in training alone; a layer is given a parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query = nn.Parameter(torch.ones(1, 3, 2, 2))
+        self.body = nas.LayerChoice([nn.Conv2d(3, 3, k, padding=k // 2) for k in (3, 1)], label="body")
+        self.auxiliary = nas.LayerChoice([nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 3)], label="auxiliary")
+        self.head = nn.Conv2d(3, 5, 1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        features = self.body(nn.functional.avg_pool2d(self.body(images), 2))
+        if self.training:
+            features = self.auxiliary(features)
+        return self.head(features).mean((2, 3)) + self.head(self.query).mean((2, 3))
+
+
 class Nested(nas.ModelSpace):
     def __init__(self) -> None:
         super().__init__()
@@ -141,6 +158,13 @@ class TestAnySpace:
             costs.append(table.of({"kernel": i, "layer": j}).macs)
         assert len(set(costs)) == 6
         assert (table.cheapest, table.dearest) == (min(costs), max(costs))
+
+    def test_choices_that_run_twice_or_in_training_alone(self) -> None:
+        table = measure_space(Again(), (3, 16, 16))
+        for body, auxiliary in itertools.product((0, 1), (0, 1)):
+            frozen = Again().freeze({"body": body, "auxiliary": auxiliary})
+            assert table.of({"body": body, "auxiliary": auxiliary}) == measure_network(frozen, 16)
+        assert table.choices["body"][0].macs == (16 * 16 + 8 * 8) * 3 * 3 * 9
 
     def test_the_space_is_untouched(self) -> None:
         space = Twice().train()

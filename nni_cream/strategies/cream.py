@@ -47,7 +47,7 @@ class CreamStrategy(OneShotStrategy):
         warmup_epochs: epochs before the board opens.
         prior: ``"even"``; ``"board"``, the frequencies on the board; the probabilities of the candidates, which apply
             to every choice with as many candidates; or, by label, the probabilities of each choice's candidates. What
-            no probabilities apply to has an even prior.
+            no probabilities apply to has the ``weights`` that its ``LayerChoice`` was made with, even unless given.
         teacher: ``"matching"``; ``"top1"``, the best entry with ρ = 0.5; or ``"none"``, plain single-path training.
         flops_range: hard interval of multiply-accumulates for one image; None for no bound.
         latency: hard interval of predicted time in its place. Time is then also what a cheaper path needs less of,
@@ -120,6 +120,10 @@ class CreamStrategy(OneShotStrategy):
         loader = validation_loader(evaluator)
         if loader is None:
             raise UserError("CreamStrategy needs validation images in the evaluator: they score the paths.")
+        if isinstance(loader, Sequence | Mapping):
+            raise UserError(
+                f"CreamStrategy scores paths on one validation loader, but was given {len(loader)} of them."
+            )
         images, _ = next(iter(loader))
         if min(len(images), self.settings.board_images) < 2:
             raise UserError(

@@ -142,7 +142,7 @@ class CreamLightningModule(BaseOneShotLightningModule):
     @property
     def prior(self) -> Prior:
         """The probabilities that the next path is drawn from, before the interval of the budget is imposed."""
-        if self.settings.prior != "board":
+        if not (isinstance(self.settings.prior, str) and self.settings.prior == "board"):
             return self._fixed_prior
         if self._board_prior is None or self._board_prior[0] is not self.board.entries:
             self._board_prior = (self.board.entries, self.board.frequencies(self.paths.sizes))
@@ -363,7 +363,10 @@ class CreamLightningModule(BaseOneShotLightningModule):
         validation_loss = F.cross_entropy(
             self.training_module(held_out), labels, label_smoothing=self.settings.label_smoothing
         )
-        validation_gradients = torch.autograd.grad(validation_loss, [p for p, _ in drawn])
+        # What stochastic depth leaves out of this pass has a gradient of 0.
+        validation_gradients = torch.autograd.grad(
+            validation_loss, [p for p, _ in drawn], allow_unused=True, materialize_grads=True
+        )
         parameters = list(self.matching.parameters())
         gradients = matching_gradient(
             teaching.weight, parameters, [g for _, g in drawn], validation_gradients, learning_rate
@@ -542,8 +545,9 @@ class CreamLightningModule(BaseOneShotLightningModule):
         return network
 
     def _calibration_images(self) -> Iterator[Tensor]:
-        # Of an epoch after the last, whatever has been loaded before: the same images for every path.
-        epochs = self.trainer.max_epochs or 0
+        # Of an epoch after the last, whatever has been loaded before: the same images for every path. Where steps or
+        # hours end the training in place of epochs, Lightning has -1 here.
+        epochs = max(self.trainer.max_epochs or 0, 0)
         for batch in first_batches(self.trainer.train_dataloader, self.settings.recalibration_batches, epochs):
             yield self._moved(batch)[0]
 

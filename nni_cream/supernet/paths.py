@@ -26,10 +26,13 @@ class PathSpace:
 
     def __init__(self, space: ModelSpace) -> None:
         self.values: dict[str, tuple[Any, ...]] = {}
+        # Of layer choices, as NNI's own sampling has them.
+        self.weights: dict[str, Sequence[float]] = {}
         searched = {module.label for module in space.modules() if isinstance(module, LayerChoice | InputChoice)}
         for label, mutable in space.simplify().items():
             if label in searched and isinstance(mutable, Categorical):
                 self.values[label] = tuple(mutable.values)
+                self.weights[label] = mutable.weights
             elif label in searched and isinstance(mutable, CategoricalMultiple) and mutable.n_chosen is not None:
                 self.values[label] = tuple(
                     list(chosen) for chosen in itertools.combinations(mutable.values, mutable.n_chosen)
@@ -64,8 +67,8 @@ def read_prior(given: str | Sequence[float] | Mapping[str, Sequence[float]], spa
 
     Args:
         given: the probabilities of the candidates, which apply to every choice with as many candidates; or, by label,
-            the probabilities of each choice's candidates; or a word, for no probabilities. What none apply to has an
-            even prior.
+            the probabilities of each choice's candidates; or a word, for no probabilities. What none apply to has the
+            ``weights`` that the layer choice was made with, which are even unless given.
         space: the choices.
 
     Raises:
@@ -93,8 +96,8 @@ def read_prior(given: str | Sequence[float] | Mapping[str, Sequence[float]], spa
                 f"The prior of the choice {label!r} is {list(probabilities)}, but probabilities are not negative "
                 "and not all 0."
             )
-    even = {label: [1.0] * len(values) for label, values in space.values.items()}
-    rows = [given.get(label, even[label]) for label in space.labels]
+    own = {label: space.weights.get(label, [1.0] * len(values)) for label, values in space.values.items()}
+    rows = [given.get(label, own[label]) for label in space.labels]
     return [[p / sum(row) for p in row] for row in rows]
 
 

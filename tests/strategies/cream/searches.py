@@ -92,9 +92,11 @@ class Search:
         held_out: Any = None,
         classifier: Any = None,
         checkpoint: Path | None = None,
+        space: type[SixPaths] = SixPaths,
         **settings: Any,
     ) -> None:
         self.data = data
+        self.space = space
         self.watcher = Watcher()
         loaders = {
             "train_dataloaders": DataLoader(data, batch_size=BATCH),
@@ -122,12 +124,12 @@ class Search:
 
     def initialize(self) -> None:
         """All that happens before anything is trained."""
-        space = RawFormatModelSpace.from_model(SixPaths(), self.evaluator)
+        space = RawFormatModelSpace.from_model(self.space(), self.evaluator)
         self.strategy.initialize(space, SequentialExecutionEngine())
 
     def run(self) -> Search:
         torch.manual_seed(1)
-        self.reports, self.final = search(self.strategy, SixPaths(), self.evaluator)
+        self.reports, self.final = search(self.strategy, self.space(), self.evaluator)
         return self
 
     @property

@@ -13,6 +13,7 @@ from nni.nas.evaluator import FunctionalEvaluator
 from nni.nas.evaluator.pytorch import Classification, DataLoader, Lightning
 from nni.nas.execution import SequentialExecutionEngine
 from nni.nas.space import RawFormatModelSpace
+from torch import Tensor
 from torch.utils.data import IterableDataset, TensorDataset
 
 from nni_cream.errors import UserError
@@ -102,11 +103,44 @@ class TestUserErrors:
         assert not search.steps
         assert Search(data, epochs=30, trainer={"max_steps": 7}).run().module.ranking
 
+    def test_several_validation_loaders(self, data: TensorDataset) -> None:
+        loaders = [DataLoader(HELD_OUT, batch_size=2 * BATCH)] * 2
+        with pytest.raises(UserError, match="on one validation loader, but was given 2 of them"):
+            Search(data, held_out=loaders).run()
+
     def test_no_validation(self, data: TensorDataset) -> None:
         search = Search(data, trainer={"limit_val_batches": 0})
         with pytest.raises(UserError, match="scores paths on validation images"):
             search.run()
         assert not search.steps
+
+
+@pytest.mark.parametrize("end", [{"max_steps": 9}, {"max_time": "00:00:00:02"}])
+def test_steps_or_time_may_end_a_search(end: dict[str, Any], data: TensorDataset) -> None:
+    search = Search(data, trainer={"max_epochs": -1, **end}).run()
+    assert len(search.module.ranking) == len(search.module.board) >= 3
+    assert search.final[0]["default"] == search.module.ranking[0].accuracy
+
+
+class Skipping(SixPaths):
+    """Every other pass that is differentiated leaves out its first choice."""
+
+    passes = 0
+
+    def forward(self, images: Tensor) -> Tensor:
+        features = self.stem(images)
+        Skipping.passes += torch.is_grad_enabled()
+        if not torch.is_grad_enabled() or Skipping.passes % 2:
+            features = self.first(features)
+        return self.head(self.second(features).mean((2, 3)))
+
+
+@pytest.mark.parametrize("phase", [0, 1])
+def test_what_a_pass_leaves_out_has_no_gradient_in_a_meta_step(phase: int, data: TensorDataset) -> None:
+    Skipping.passes = phase
+    steps = Search(data, meta_interval=8, space=Skipping).run().steps
+    weights = [[state["linear.weight"] for state in (step.matching, step.matching_after)] for step in steps]
+    assert [index for index, pair in enumerate(weights) if not torch.equal(*pair)] == [8, 16]
 
 
 def test_validations_may_be_rare(data: TensorDataset) -> None:

@@ -6,11 +6,14 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
+import nni.nas.nn.pytorch as nas
+import numpy as np
 import pytest
 from scipy.stats import chisquare
 from torch.utils.data import TensorDataset
 
 from nni_cream.errors import UserError
+from tests.six_paths import SixPaths
 from tests.strategies.cream.by_hand import sample_of
 from tests.strategies.cream.searches import COSTS, SAMPLES, Search
 from tests.strategies.running import SMALL_RUNS
@@ -51,6 +54,23 @@ class TestPaths:
         drawn = [step.drawn for step in run(prior=(0.0, 2.0, 0.0), teacher="none").steps]
         assert {sample["first"] for sample in drawn} == {1}
         assert {sample["second"] for sample in drawn} == {0, 1}
+
+    def test_a_prior_may_be_an_array(self, data: TensorDataset) -> None:
+        drawn = [step.drawn for step in Search(data, prior=np.array([0.0, 2.0, 0.0])).run().steps]
+        assert {sample["first"] for sample in drawn} == {1}
+
+    def test_the_weights_of_a_layer_choice_are_its_prior(self, data: TensorDataset) -> None:
+        class Weighted(SixPaths):
+            def __init__(self) -> None:
+                super().__init__()
+                candidates = [self.candidate(6, kernel) for kernel in (1, 3)]
+                self.second = nas.LayerChoice(candidates, weights=[0.0, 1.0], label="second")
+
+        drawn = [step.drawn for step in Search(data, space=Weighted).run().steps]
+        assert {sample["second"] for sample in drawn} == {1}
+        assert {sample["first"] for sample in drawn} == {0, 1, 2}
+        given = Search(data, space=Weighted, prior={"second": (1.0, 0.0)}).run().steps
+        assert {step.drawn["second"] for step in given} == {0}
 
     def test_prior_that_fits_no_choice_is_an_error(self, data: TensorDataset) -> None:
         with pytest.raises(UserError, match=r"prior has 6 probabilities, but .* have \[2, 3\] candidates"):
