@@ -62,8 +62,9 @@ class CreamStrategy(OneShotStrategy):
 
     Raises:
         UserError: if both ``flops_range`` and ``latency`` are given, or an argument is out of its range.
-        UserError: when the search starts, if the interval holds no path, the prior fits no choice, or the space has
-            choices that cannot be searched so.
+        UserError: when the search starts, if the interval holds no path, the prior fits no choice, the space has
+            choices that cannot be searched so, there are several validation loaders, or the evaluator's schedule waits
+            for a metric.
 
     See Also:
         nni.nas.strategy.RandomOneShot: single-path training without teachers.

@@ -39,6 +39,7 @@ from nni_cream.launching import refuse_other_strategies
 from nni_cream.loading import first_batches
 from nni_cream.matching import MatchingLayer, matching_gradient
 from nni_cream.sampling import Path, PathSampler, Prior
+from nni_cream.strategies.schedules import refuse_plateau
 from nni_cream.strategies.settings import CreamSettings
 from nni_cream.supernet.batch_norm import batch_norms, batch_statistics, count_right, recalibrated
 from nni_cream.supernet.paths import PathSpace, activate, read_prior
@@ -230,12 +231,13 @@ class CreamLightningModule(BaseOneShotLightningModule):
             )
 
     def on_train_start(self) -> None:
-        """Check likewise what is known only now: how many steps an epoch has.
+        """Check likewise what is known only now: how many steps an epoch has, and the schedule of the weights.
 
         Raises:
-            UserError: if training ends before the board opens.
+            UserError: if training ends before the board opens, or the schedule waits for a metric.
         """
         super().on_train_start()
+        refuse_plateau(self.trainer)
         steps, warmup = self.trainer.max_steps, self.settings.warmup_epochs
         if 0 <= steps <= warmup * self.trainer.num_training_batches:
             raise UserError(

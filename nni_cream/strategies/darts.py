@@ -79,8 +79,9 @@ class DartsStrategy(OneShotStrategy):
     Raises:
         UserError: if an argument is out of its range.
         UserError: when the search starts, if the space has choices that cannot be relaxed, the evaluator's optimizer
-            takes a step that cannot be unrolled, a loader does not know how many batches it has, or its trainer leaves
-            out validations or has to go on where the search may be ended.
+            takes a step that cannot be unrolled, its schedule waits for a metric, there are several validation loaders,
+            a loader does not know how many batches it has, or its trainer leaves out validations, ends before the first
+            one, or has to go on where the search may be ended.
 
     See Also:
         nni.nas.strategy.DARTS: NNI's own, of first order.
@@ -158,9 +159,13 @@ class DartsStrategy(OneShotStrategy):
         loader = validation_loader(evaluator)
         if loader is None:
             raise UserError("DartsStrategy needs validation images in the evaluator: α learns from them.")
+        _refuse_collection(loader, "validation images (val_dataloaders)")
+        _refuse_collection(self.reporting_dataloader, "images to report on (reporting_dataloader)")
         space = model_space.model_space
         if not isinstance(space, ModelSpace) or not space.simplify():
             raise UserError("DartsStrategy needs a model space with choices: there is none in this one.")
+        # NNI shows its hooks the modules inside the space, but not the space, whose attributes are not its mutables.
+        refuse(space, "model", {}, {})
         if self.settings.flops_target is not None:
             # A loader draws a random number when it starts, and the same search without a target does not.
             with torch.random.fork_rng(()):
@@ -176,6 +181,14 @@ class DartsStrategy(OneShotStrategy):
             space, table = self._priced
             cost = ExpectedCost(table, space, self.alphas)
         return DartsLightningModule(training_module, self.settings, self.alphas, cost)
+
+
+def _refuse_collection(loader: Any, images: str) -> None:
+    if isinstance(loader, list | tuple | dict | CombinedLoader):
+        raise UserError(
+            f"DartsStrategy takes one loader of {images}, not a {type(loader).__name__} of loaders; join their data "
+            "sets in one (torch.utils.data.ConcatDataset)."
+        )
 
 
 def _length(loader: Any, images: str) -> int:

@@ -6,6 +6,7 @@ depart from the published code, and why.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -17,6 +18,7 @@ import torch.nn.functional as F
 from nni.nas.evaluator.pytorch import LightningModule
 from nni.nas.oneshot.pytorch.base_lightning import BaseOneShotLightningModule
 from torch import Tensor, nn
+from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
 from torchmetrics.aggregation import SumMetric
 
 from nni_cream import hypergradient, soundness
@@ -29,6 +31,7 @@ from nni_cream.errors import UserError
 from nni_cream.genotype import CellKind, entropy
 from nni_cream.hypergradient import Hypergradient
 from nni_cream.launching import refuse_other_strategies
+from nni_cream.strategies.schedules import refuse_plateau
 from nni_cream.strategies.settings import DartsSettings
 from nni_cream.supernet.alphas import Alphas
 from nni_cream.supernet.expected_cost import ExpectedCost
@@ -103,6 +106,8 @@ class DartsLightningModule(BaseOneShotLightningModule):
         self._tied = True
         self._last_for_alpha: Batch | None = None
         self._recorded: dict[str, Recorded] = {}
+        self._recorder: Recorder | None = None
+        self._val_accuracy: float | None = None
         self._train_loss, self._train_accuracy, self._alpha_loss = StepMean(), StepMean(), StepMean()
         self._correct = SumMetric()
         self._seen = SumMetric()
@@ -110,10 +115,16 @@ class DartsLightningModule(BaseOneShotLightningModule):
     def set_model(self, model: nn.Module) -> None:
         """Take the relaxed space, whose parameters are the weights."""
         super().set_model(model)
-        named = {f"training_module.{name}": p for name, p in self.training_module.named_parameters()}
-        self._weight_names = [name for name, parameter in named.items() if parameter.requires_grad]
-        self._weights = [named[name] for name in self._weight_names]
+        self._find_weights()
         self._tied = has_tied_parameters(self)
+
+    def _find_weights(self) -> bool:
+        """Take as weights what is to be trained now; tell whether that is something else than before."""
+        named = {f"training_module.{name}": p for name, p in self.training_module.named_parameters()}
+        names = [name for name, parameter in named.items() if parameter.requires_grad]
+        changed = names != self._weight_names
+        self._weight_names, self._weights = names, [named[name] for name in names]
+        return changed
 
     # The step.
 
@@ -145,11 +156,16 @@ class DartsLightningModule(BaseOneShotLightningModule):
         """Check, before anything is trained, that the search can be what its settings say.
 
         Raises:
-            UserError: if α would not learn, the step of the weights cannot be unrolled, epochs go by without a
-                validation, or the trainer has to go on where the search may be ended.
+            UserError: if α would not learn, the step of the weights cannot be unrolled, their schedule waits for a
+                metric, epochs go by without a validation, training ends before the first one, or the trainer has to go
+                on where the search may be ended.
+
+        Warns:
+            UserWarning: if some validation batches would never be used.
         """
         super().on_train_start()
         refuse_other_strategies(self.trainer)
+        refuse_plateau(self.trainer)
         # A search that was ended, and interrupted after that, has nothing left to train.
         self.trainer.should_stop = self.ended_because is not None
         epochs = self.trainer.max_epochs
@@ -159,6 +175,7 @@ class DartsLightningModule(BaseOneShotLightningModule):
                 "darts.warmup_epochs smaller than epochs."
             )
         self._check_trainer()
+        self._check_loaders()
         if self.settings.order == "second":
             hypergradient.sgd_step(self._weight_optimizer(), self._weights)
         can_be_recorded = self.device.type == "cuda" and processes() == 1 and self.trainer.precision != "16-mixed"
@@ -172,6 +189,13 @@ class DartsLightningModule(BaseOneShotLightningModule):
                 "DartsStrategy reports the accuracy of every epoch, but the trainer leaves validations out; leave its "
                 "limit_val_batches above 0 and its check_val_every_n_epoch at 1."
             )
+        first = trainer.val_check_batch
+        # Where validations go by the clock there is no such batch.
+        if first is not None and 0 <= trainer.max_steps < first:
+            raise UserError(
+                f"DartsStrategy reports the accuracy of every epoch, but training lasts {trainer.max_steps} steps "
+                f"(max_steps), and the first validation comes after {first}; set max_steps to at least that."
+            )
         may_end = settings.stop_above_skips is not None or settings.eigenvalue in ("stop", "rollback")
         if may_end and ((trainer.min_epochs or 0) > 1 or (trainer.min_steps or 0) > 0):
             raise UserError(
@@ -179,8 +203,18 @@ class DartsLightningModule(BaseOneShotLightningModule):
                 "make it go on; leave them out."
             )
 
+    def _check_loaders(self) -> None:
+        batches, loader = self.trainer.num_training_batches, self.trainer.train_dataloader[ALPHA]
+        if _in_fixed_order(loader) and len(loader) > batches:
+            warnings.warn(
+                f"α learns from the same {batches} of {len(loader)} validation batches in every epoch, which has no "
+                "more training batches than that; shuffle the loader of the validation images (shuffle=True).",
+                stacklevel=2,
+            )
+
     def record_steps(self, recorder: Recorder) -> None:
         """Record both halves of a step after a few steps, and replay them from then on."""
+        self._recorder = recorder
         self._recorded = {
             "α": Recorded(self._hypergradient_of, self._state_of_a_step, recorder),
             "weights": Recorded(self._gradients_of, self._state_of_a_step, recorder),
@@ -332,8 +366,14 @@ class DartsLightningModule(BaseOneShotLightningModule):
     # The epoch.
 
     def on_train_epoch_start(self) -> None:
-        """Begin new averages."""
+        """Begin new averages, with the weights that are to be trained by now."""
         super().on_train_epoch_start()
+        # Layers may be unfrozen while a training runs; callbacks have had their turn.
+        if self._find_weights() and self._recorded:
+            assert self._recorder is not None
+            # A recording holds the gradients of the weights of before. Memory goes back with the old ones.
+            self.record_steps(Recorder(self._recorder.record))
+        self._val_accuracy = None
         for metric in (self._train_loss, self._train_accuracy, self._alpha_loss):
             metric.reset()
 
@@ -348,13 +388,21 @@ class DartsLightningModule(BaseOneShotLightningModule):
         self._correct.update((self.training_module(images).argmax(-1) == targets).sum())
         self._seen.update(len(targets))
 
+    def on_validation_epoch_end(self) -> None:
+        """Keep the accuracy for the report of the epoch; Lightning's sanity check is of no epoch."""
+        if not self.trainer.sanity_checking:
+            self._val_accuracy = (self._correct.compute() / self._seen.compute()).item()
+
     def on_train_epoch_end(self) -> None:
         """Report the epoch, whose validation is over by now, and end the search if it collapses.
 
-        Not at the end of the validation, which Lightning runs in inference mode: there is no Hessian in it.
+        Not at the end of the validation, which Lightning runs in inference mode: there is no Hessian in it. An epoch
+        that max_steps has cut short has had no validation, and is not reported.
         """
         super().on_train_epoch_end()
-        accuracy = (self._correct.compute() / self._seen.compute()).item()
+        accuracy = self._val_accuracy
+        if accuracy is None:
+            return
         metrics: dict[str, Any] = {
             "val_accuracy": accuracy,
             "train_loss": self._train_loss.compute().item(),
@@ -406,7 +454,7 @@ class DartsLightningModule(BaseOneShotLightningModule):
     def on_train_end(self) -> None:
         """Give back the memory of recorded steps, in which the weights are where they were during the training."""
         super().on_train_end()
-        self._recorded = {}
+        self._recorded, self._recorder = {}, None
 
     def _end_if_it_collapses(self) -> None:
         settings, normal = self.settings, self.cells().get("normal")
@@ -438,9 +486,13 @@ class DartsLightningModule(BaseOneShotLightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep what Lightning does not know of."""
         epochs = [asdict(epoch) for epoch in self.epochs]
-        checkpoint["darts"] = {"epochs": epochs, "ended_because": self.ended_because}
+        # A checkpoint may be of the time between the last step of an epoch and its end, which needs what follows.
+        checkpoint["darts"] = {
+            "epochs": epochs,
+            "ended_because": self.ended_because,
+            "val_accuracy": self._val_accuracy,
+        }
         if self.settings.eigenvalue != "off":
-            # A checkpoint may be of the time between the last step of an epoch and its end, which needs them.
             checkpoint["darts"]["last_for_alpha"] = self._last_for_alpha
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -448,5 +500,15 @@ class DartsLightningModule(BaseOneShotLightningModule):
         state = checkpoint["darts"]
         self.epochs = [Epoch(**epoch) for epoch in state["epochs"]]
         self.ended_because = state["ended_because"]
+        self._val_accuracy = state.get("val_accuracy")
         last = state.get("last_for_alpha")
         self._last_for_alpha = None if last is None else tuple(last)
+
+
+def _in_fixed_order(loader: Any) -> bool:
+    """Tell whether ``loader`` is known to give the same batches in every epoch."""
+    if not isinstance(loader, DataLoader) or type(loader).__iter__ is not DataLoader.__iter__:
+        return False
+    # One with a batch sampler of its own has a sequential sampler as well, but does not use it.
+    batches = loader.batch_sampler
+    return type(batches) is BatchSampler and type(batches.sampler) is SequentialSampler

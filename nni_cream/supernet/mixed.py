@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Final
 
 import torch
-from nni.nas.nn.pytorch import InputChoice, LayerChoice
+from nni.nas.nn.pytorch import Cell, InputChoice, LayerChoice
 from nni.nas.nn.pytorch.base import MutableModule
 from nni.nas.oneshot.pytorch.supermodule.base import BaseSuperNetModule
 from torch import Tensor, nn
@@ -101,8 +101,14 @@ def refuse(module: nn.Module, name: str, memo: dict[str, Any], mutate_kwargs: di
     """Refuse what the hooks before this one have left over: an NNI mutation hook, the last of its list.
 
     Raises:
-        UserError: for a module with a choice that has no relaxation.
+        UserError: for a module with a choice that has no relaxation, or a cell whose output depends on its choices.
     """
+    if isinstance(module, Cell) and module.merge_op != "all":
+        # How wide the output is, and with it what comes after the cell, would be known only of the child.
+        raise UserError(
+            f"The cell {module.label!r} ({type(module).__name__} {name!r}) has merge_op={module.merge_op!r}, with "
+            'which its output depends on its choices; DartsStrategy takes cells with merge_op="all".'
+        )
     if isinstance(module, MutableModule) and not isinstance(module, BaseSuperNetModule) and module.mutables:
         labels = ", ".join(repr(getattr(mutable, "label", str(mutable))) for mutable in module.mutables)
         raise UserError(

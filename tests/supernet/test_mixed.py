@@ -248,6 +248,21 @@ class TestRefuse:
         with pytest.raises(UserError, match=rf"The choice {named} cannot be searched by DartsStrategy, which takes"):
             DartsStrategy().mutate_model(Refused())
 
+    @pytest.mark.parametrize("merge_op", ["all", "loose_end"])
+    def test_cells_whose_output_depends_on_their_choices(self, merge_op: Any) -> None:
+        class WithCell(nas.ModelSpace):
+            def __init__(self) -> None:
+                super().__init__()
+                self.cell = nas.Cell([nn.Identity(), nn.Tanh()], num_nodes=2, merge_op=merge_op, label="normal")
+
+        if merge_op == "all":
+            space, _ = relaxed(WithCell)
+            assert space.cell(torch.ones(2, 3)).shape == (2, 6)
+            return
+        message = r"cell 'normal' \(Cell 'cell'\) has merge_op='loose_end'.* takes cells with merge_op=\"all\"\.$"
+        with pytest.raises(UserError, match=message):
+            relaxed(WithCell)
+
     def test_modules_without_choices_pass(self) -> None:
         class Plain(nas.ParametrizedModule):
             def __init__(self, width: int) -> None:

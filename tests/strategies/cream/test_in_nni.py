@@ -19,6 +19,7 @@ from torch.utils.data import IterableDataset, TensorDataset
 from nni_cream.errors import UserError
 from nni_cream.strategies import cream_module
 from nni_cream.strategies.cream import CreamStrategy
+from nni_cream.training import ImageClassifier
 from tests.six_paths import CLASSES, SixPaths
 from tests.strategies.cream.searches import BATCH, HELD_OUT, Search
 from tests.strategies.running import SMALL_RUNS
@@ -102,6 +103,18 @@ class TestUserErrors:
             search.run()
         assert not search.steps
         assert Search(data, epochs=30, trainer={"max_steps": 7}).run().module.ranking
+
+    def test_a_schedule_that_waits_for_a_metric(self, data: TensorDataset) -> None:
+        class Waiting(ImageClassifier):
+            def configure_optimizers(self) -> Any:
+                optimizer = torch.optim.SGD(self.parameters(), 0.1)
+                plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)
+                return [optimizer], [{"scheduler": plateau, "monitor": "val_accuracy"}]
+
+        search = Search(data, classifier=Waiting(CLASSES, {"opt": "sgd", "lr": 0.1}, {"sched": "cosine"}))
+        with pytest.raises(UserError, match="ReduceLROnPlateau waits for a metric"):
+            search.run()
+        assert not search.steps
 
     def test_several_validation_loaders(self, data: TensorDataset) -> None:
         loaders = [DataLoader(HELD_OUT, batch_size=2 * BATCH)] * 2

@@ -129,6 +129,30 @@ class TestUserErrors:
             search.run()
         assert not search.steps
 
+    def test_choice_of_the_space_itself(self) -> None:
+        class WithWidth(Space):
+            def __init__(self) -> None:
+                super().__init__()
+                self.add_mutable(nni.choice("width", [1, 2]))
+
+        search = Search(WithWidth)
+        with pytest.raises(UserError, match=r"The choice 'width' \(WithWidth 'model'\) cannot be searched by DartsS"):
+            search.run()
+        assert not search.steps
+
+    @pytest.mark.parametrize(
+        "loaders",
+        [lambda one: [one, one], lambda one: [one], lambda one: {"a": one, "b": one}],
+        ids=["two", "a list of one", "by name"],
+    )
+    def test_several_validation_loaders(self, loaders: Callable[[Any], Any]) -> None:
+        several = loaders(DataLoader(FOR_ALPHA, batch_size=ALPHA_BATCH))
+        kind = type(several).__name__
+        with pytest.raises(UserError, match=rf"one loader of validation images \(val_dataloaders\), not a {kind} of"):
+            Search(for_alpha=several).run()
+        with pytest.raises(UserError, match=rf"images to report on \(reporting_dataloader\), not a {kind} of"):
+            Search(reporting_dataloader=several).run()
+
     def test_space_without_choices(self) -> None:
         class Plain(nas.ModelSpace):
             def __init__(self) -> None:
