@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import os
 import statistics
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -21,7 +20,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
-from common import QUIET, judged, make_parser, save_result, seconds_of, table
+from common import QUIET, judged, keep_compiled_convolutions, make_parser, save_result, seconds_of, table
 from nni.nas.evaluator.pytorch import DataLoader, Lightning, Trainer
 from nni.nas.execution import SequentialExecutionEngine
 from nni.nas.space import RawFormatModelSpace
@@ -249,8 +248,7 @@ def main() -> None:
     parser = make_parser(__doc__)
     parser.add_argument("--repetitions", type=int, default=15, help="of each measurement (default: %(default)s)")
     arguments = parser.parse_args()
-    # oneDNN keeps 1,024 compiled convolutions. Both kinds together have more, and would be compiled in every step.
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "8192")
+    keep_compiled_convolutions()
     results, rows = {}, {}
     for name, setting in SETTINGS.items():
         agreement = measure(setting, 2, "64-true", arguments.device)["agreement"]

@@ -24,7 +24,17 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from common import QUIET, finish, judged, make_parser, mean_and_spread, save_result, seconds_of, table
+from common import (
+    QUIET,
+    finish,
+    judged,
+    keep_compiled_convolutions,
+    make_parser,
+    mean_and_spread,
+    save_result,
+    seconds_of,
+    table,
+)
 from exact_product import with_torch_derivatives
 from nni.nas.evaluator.pytorch import DataLoader, Lightning, LightningModule, Trainer
 from nni.nas.execution import SequentialExecutionEngine
@@ -241,6 +251,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="searches of each kind")
     parser.add_argument("--steps", type=int, default=3, help="steps of a search, of which the first does not count")
     arguments = parser.parse_args()
+    keep_compiled_convolutions()
     be_quiet()
     results = []
     for shape in SHAPES:

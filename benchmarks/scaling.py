@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from common import ROOT, judged, make_parser, save_result, seconds_of, table
+from common import ROOT, judged, keep_compiled_convolutions, make_parser, save_result, seconds_of, table
 from matplotlib.figure import Figure
 from torch import nn
 
@@ -159,6 +159,7 @@ def main() -> None:
     parser = make_parser(__doc__)
     parser.add_argument("--repeats", type=int, default=3, help="of each measurement (default: %(default)s)")
     arguments = parser.parse_args()
+    keep_compiled_convolutions()
     device = arguments.device
     seconds = {names: timed(works, arguments.repeats, device) for names, works in series(device).items()}
     medians = {
