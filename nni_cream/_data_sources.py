@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import importlib
 import os
+import re
 import sys
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -21,9 +24,15 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from nni_cream.data_names import DATA_SETS, Augmentation
 from nni_cream.errors import UserError
 from nni_cream.folders import resolved
+from nni_cream.ranks import is_first
 
 # Formats whose 16-bit grey Pillow may open as 32-bit integers.
 _SIXTEEN_BITS: Final = ("PNG", "PPM")
+# What Pillow knows by its ending although it is a document, a film or measurements.
+_NO_IMAGES: Final = frozenset({".pdf", ".ps", ".mpeg", ".mpg", ".h5", ".hdf", ".bufr", ".grib"})
+# Photographs of telephones, for which Pillow needs a plugin.
+_FOR_PLUGINS: Final = frozenset({".heic", ".heif"})
+_NAMED: Final = 5
 
 Channels = tuple[float, float, float]
 _ELPV_LICENCE: Final = "CC BY-NC-SA 4.0, non-commercial use only"
@@ -103,7 +112,7 @@ class Source:
 
 
 def load_source(name: str, folder: Path | None, download: bool) -> Source:
-    """Find the data set ``name``.
+    """Find the data set ``name``; a line on stderr says which images of a folder their ending leaves out.
 
     Args:
         name: One of :data:`~nni_cream.data_names.DATA_SETS`.
@@ -126,10 +135,14 @@ def load_source(name: str, folder: Path | None, download: bool) -> Source:
         return _FROM_PACKAGES[name]()
     if folder is None:
         raise UserError(f"data set {name!r} needs data.folder, the folder that holds it.")
+    left_out = Counter[str]()
     try:
-        return _FROM_FOLDERS[name](_existing(folder))
+        root = _existing(folder)
+        source = _FROM_FOLDERS[name](root, left_out)
     except OSError as error:
         raise UserError(f"data.folder {folder}: {error.filename} cannot be read: {error.strerror}.") from None
+    _tell_of_left_out(root, left_out)
+    return source
 
 
 def _mnist5k() -> Source:
@@ -191,7 +204,7 @@ def _cifar(name: str, folder: Path, download: bool) -> Source:
     )
 
 
-def _imagenet(root: Path) -> Source:
+def _imagenet(root: Path, left_out: Counter[str]) -> Source:
     for part in ("train", "val"):
         if not (root / part).is_dir():
             raise UserError(
@@ -199,15 +212,19 @@ def _imagenet(root: Path) -> Source:
                 "missing; get it, after registration, from https://image-net.org/download."
             )
     class_names = _class_folders(root / "train")
-    return _from_files("imagenet", class_names, _listed(root / "train"), test=_listed(root / "val", class_names))
+    pool, test = _listed(root / "train", left_out), _listed(root / "val", left_out, class_names)
+    return _from_files("imagenet", class_names, pool, test)
 
 
-def _folder(root: Path) -> Source:
+def _folder(root: Path, left_out: Counter[str]) -> Source:
     # A *class* called train holds images, a training *part* holds class folders.
     if not (root / "train").is_dir() or not _class_folders(root / "train"):
-        return _from_files("folder", _class_folders(root), _listed(root))
-    class_names, pool = _class_folders(root / "train"), _listed(root / "train")
-    others = [_listed(root / part, class_names) for part in ("test", "val") if (root / part).is_dir()]
+        _refuse_parts_as_classes(root)
+        return _from_files("folder", _class_folders(root), _listed(root, left_out))
+    class_names = _class_folders(root / "train")
+    _refuse_further_parts(root, class_names)
+    pool = _listed(root / "train", left_out)
+    others = [_listed(root / part, left_out, class_names) for part in ("test", "val") if (root / part).is_dir()]
     if not others:
         raise UserError(
             f"data.folder {root} holds train/, but neither test/ nor val/; add one of them, or give {root / 'train'} "
@@ -227,8 +244,67 @@ def _class_folders(root: Path) -> tuple[str, ...]:
     return tuple(sorted(path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")))
 
 
-def _listed(root: Path, expected: tuple[str, ...] | None = None) -> Images:
-    """All images under the class folders of ``root``, whose names are to be ``expected``."""
+def _refuse_parts_as_classes(root: Path) -> None:
+    """Make sure that the folders in ``root`` are classes, not parts of a data set with other names than ours.
+
+    Raises:
+        UserError: All are called like parts, and hold the same folders of images, at least two, and no images beside
+            these.
+    """
+    names = _class_folders(root)
+    called_like_parts = all(re.match("train|test|val|dev|eval", name, re.IGNORECASE) for name in names)
+    if len(names) < 2 or not called_like_parts or any(_holds_images_itself(root / name) for name in names):
+        return
+    inner = _folders_of_images(root / names[0])
+    if len(inner) > 1 and all(_folders_of_images(root / name) == inner for name in names[1:]):
+        raise UserError(
+            f"{root} holds {_some(names)}, each with the same folders of images ({_some(inner)}): if they are parts of "
+            "a data set, call them train/ and test/ (and val/), in lower case, and if they are classes, put the images "
+            "of each directly into its folder."
+        )
+
+
+def _refuse_further_parts(root: Path, class_names: tuple[str, ...]) -> None:
+    """Make sure that no part of a data set beside ``train/`` would be passed over because of its name.
+
+    Raises:
+        UserError: A folder that is neither ``test/`` nor ``val/`` holds images in folders called ``class_names``.
+    """
+    for name in _class_folders(root):
+        if name not in ("train", "test", "val") and _folders_of_images(root / name) == class_names:
+            free = [f"{part}/" for part in ("val", "test") if not (root / part).exists()]
+            rename = f"rename it to {' or '.join(free)}, or " if free else ""
+            raise UserError(
+                f"{root} holds {name}/ with the same class folders as train/ ({_some(class_names)}), and would be read "
+                f"without it: {rename}move it out of {root}."
+            )
+
+
+def _holds_images_itself(folder: Path) -> bool:
+    # Only what ends like an image is looked at, because there may be a million files.
+    with os.scandir(folder) as entries:
+        return any(
+            entry.name.lower().endswith(IMG_EXTENSIONS) and not entry.name.startswith(".") and not entry.is_dir()
+            for entry in entries
+        )
+
+
+def _folders_of_images(root: Path) -> tuple[str, ...]:
+    return tuple(name for name in _class_folders(root) if _image_files(root / name, Counter()))
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:_NAMED]) + (f" and {len(names) - _NAMED} more" if len(names) > _NAMED else "")
+
+
+def _listed(root: Path, left_out: Counter[str], expected: tuple[str, ...] | None = None) -> Images:
+    """All images under the class folders of ``root``, whose names are to be ``expected``.
+
+    How many files are no images by their ending is added to ``left_out``.
+
+    Raises:
+        UserError: The class folders are not those, or fewer than two, or one holds no images.
+    """
     names = _class_folders(root)
     if expected is not None and names != expected:
         odd = sorted(set(names) ^ set(expected))
@@ -236,7 +312,7 @@ def _listed(root: Path, expected: tuple[str, ...] | None = None) -> Images:
     if len(names) < 2:
         found = f"only one class folder, {names[0]}" if names else "no class folders"
         raise UserError(f"{root} holds {found}; a data set is a folder with one folder of images for each class.")
-    listed = [(path, label) for label, name in enumerate(names) for path in _image_files(root / name)]
+    listed = [(path, label) for label, name in enumerate(names) for path in _image_files(root / name, left_out)]
     labels = np.array([label for _, label in listed], dtype=np.int64)
     empty = np.flatnonzero(np.bincount(labels, minlength=len(names)) == 0)
     if len(empty):
@@ -247,10 +323,11 @@ def _listed(root: Path, expected: tuple[str, ...] | None = None) -> Images:
     return Images(tuple(path for path, _ in listed), labels)
 
 
-def _image_files(folder: Path) -> list[str]:
+def _image_files(folder: Path, left_out: Counter[str]) -> list[str]:
     """The images in a class folder and the folders in it, each once, in the order of torchvision's ``ImageFolder``.
 
-    What is hidden is a tool's. A link may lead to what is listed already, such as the folder that it is in.
+    What is hidden is a tool's. A link may lead to what is listed already, such as the folder that it is in. The ending
+    of each file that is no image by it is counted in ``left_out``.
     """
     found: list[tuple[str, list[str]]] = []
     seen: set[str] = set()
@@ -273,8 +350,28 @@ def _image_files(folder: Path) -> list[str]:
                 if file not in seen:
                     seen.add(file)
                     names.append(entry.path)
+            else:
+                left_out[os.path.splitext(entry.name)[1].lower()] += 1
         found.append((place, names))
     return [path for _, names in sorted(found) for path in names]
+
+
+def _tell_of_left_out(root: Path, left_out: Counter[str]) -> None:
+    """Say on stderr how many files in ``root`` are images that are not read; tables and notes go without saying."""
+    # Pillow loads all its plugins to answer, for which most folders give no reason.
+    known = (Image.registered_extensions().keys() | _FOR_PLUGINS) - _NO_IMAGES if left_out else ()
+    images = {ending: left_out[ending] for ending in sorted(left_out) if ending in known}
+    if images and is_first():
+        _warn_once(
+            f"images in {root} are left out ({', '.join(f'{count:,} {ending}' for ending, count in images.items())}): "
+            f"only files that end in {', '.join(IMG_EXTENSIONS)} are read."
+        )
+
+
+@functools.cache
+def _warn_once(sentence: str) -> None:
+    # Some commands find the same images again for each of their trainings.
+    print(f"warning: {sentence}", file=sys.stderr, flush=True)
 
 
 def _existing(folder: Path) -> Path:
@@ -302,7 +399,7 @@ _DIGITS: Final = tuple("0123456789")
 # Handwriting is neither mirrored nor coloured.
 _HANDWRITING: Final = Augmentation(scale=(0.85, 1.0), ratio=(0.9, 1.1), hflip=0.0, color_jitter=0.0)
 _FROM_PACKAGES: Final[Mapping[str, Callable[[], Source]]] = {"mnist5k": _mnist5k, "digits": _digits, "elpv": _elpv}
-_FROM_FOLDERS: Final[Mapping[str, Callable[[Path], Source]]] = {"imagenet": _imagenet, "folder": _folder}
+_FROM_FOLDERS: Final[Mapping[str, Callable[[Path, Counter[str]], Source]]] = {"imagenet": _imagenet, "folder": _folder}
 _FROM_TORCHVISION: Final[Mapping[str, Any]] = {"cifar10": CIFAR10, "cifar100": CIFAR100}
 
 # Data sets whose images are files, of any size; those of all others are one array.

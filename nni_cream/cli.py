@@ -235,7 +235,7 @@ def tuner_parameters() -> dict[str, Any]:
     return parameters
 
 
-def run(main: Callable[[], None]) -> None:
+def run(main: Callable[[], None], *, goes_on: bool = True) -> None:
     """Call ``main`` and exit.
 
     With one sentence on stderr, and 2 if the user asked for something that cannot be, 1 if the training has failed or
@@ -243,6 +243,13 @@ def run(main: Callable[[], None]) -> None:
     nothing has failed. When nobody reads the output any more (``| head``), quietly and with 141, as shells tell of
     programs that SIGPIPE ends. Of the several processes of a run only the first prints, with an escape in place of what
     the encoding of the terminal lacks.
+
+    Args:
+        main: the command.
+        goes_on: whether the same command goes on where it was interrupted; if not, it begins anew.
+
+    Raises:
+        SystemExit: with these codes.
     """
     for stream in (sys.stdout, sys.stderr):
         # Not every stand-in for them has an encoding.
@@ -276,12 +283,12 @@ def run(main: Callable[[], None]) -> None:
         print(f"error: {trouble}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
-        _end_by(interruption.received() or signal.SIGINT)
+        _end_by(interruption.received() or signal.SIGINT, goes_on)
     except SystemExit as error:
         # Lightning turns an interrupt into an exit.
         number = interruption.received()
         if number is not None or isinstance(error.__context__, KeyboardInterrupt):
-            _end_by(number or signal.SIGINT)
+            _end_by(number or signal.SIGINT, goes_on)
         raise
     finally:
         undo()
@@ -326,8 +333,9 @@ def _leave_trouble_to_the_main_thread(ended: threading.ExceptHookArgs) -> None:
         threading.__excepthook__(ended)
 
 
-def _end_by(number: int) -> None:
+def _end_by(number: int, goes_on: bool) -> None:
     if is_first():
-        print("Interrupted; the same command goes on from the last checkpoint.", file=sys.stderr, flush=True)
+        advice = "; the same command goes on from the last checkpoint" if goes_on else ""
+        print(f"Interrupted{advice}.", file=sys.stderr, flush=True)
     signal.signal(number, signal.SIG_DFL)
     os.kill(os.getpid(), number)

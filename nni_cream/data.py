@@ -339,10 +339,11 @@ def _transforms(source: Source, augmentation: Augmentation, resolution: int) -> 
         # All other arguments are checked by now.
         raise UserError(f"timm knows no policy augmentation.auto_augment={augmentation.auto_augment!r}.") from error
     if padding is not None:
-        # In place of timm's first step, the random crop that changes the size of things.
-        resize = transforms.Resize((resolution, resolution), str_to_interp_mode(prepared["interpolation"]))
-        crop = transforms.RandomCrop(resolution, padding)
-        training = transforms.Compose([resize, crop, *training.transforms[1:]])
+        # In place of timm's first step, the random crop that changes the size of things. Of an image that is not square
+        # the middle is taken, as for evaluation: resized to a square, all things in it would have other proportions.
+        resize = transforms.Resize(resolution, str_to_interp_mode(prepared["interpolation"]))
+        crops = transforms.CenterCrop(resolution), transforms.RandomCrop(resolution, padding)
+        training = transforms.Compose([resize, *crops, *training.transforms[1:]])
     # timm's way not to vary colours does nothing, slowly.
     training = transforms.Compose([step for step in training.transforms if not _keeps_colours(step)])
     if cutout is not None:

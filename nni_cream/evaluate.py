@@ -7,6 +7,7 @@ A foreign checkpoint says neither: the caller names the network, and images are 
 
 from __future__ import annotations
 
+import math
 import re
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -93,7 +94,7 @@ def evaluate(recipe: EvaluationRecipe, file: Path, model: str | None = None, *, 
 
     Raises:
         UserError: as :func:`load_checkpoint`, and if the data is not what the network is for, or its classes have other
-            names now.
+            names now, or the loss is not finite.
     """
     checkpoint = load_checkpoint(file, model, use_ema=use_ema)
     network = checkpoint.network
@@ -123,6 +124,13 @@ def evaluate(recipe: EvaluationRecipe, file: Path, model: str | None = None, *, 
     module.set_model(network)
     trainer = on_device(recipe.device, logger=False, enable_checkpointing=False)
     (tested,) = trainer.test(module, make_loader(images, data, recipe.device), verbose=False)
+    # The class of a logit that is not a number is arbitrary, and would be right for some images.
+    if not math.isfinite(tested["test_loss"]):
+        raise UserError(
+            f"{file} has no accuracy: the loss of its network {checkpoint.name} on the test part is "
+            f"{tested['test_loss']}, so that its weights, or what it computes with them, are not all finite; give the "
+            "checkpoint of a training that has not diverged."
+        )
     return Evaluation(
         network=checkpoint.name,
         flops=cost.macs,

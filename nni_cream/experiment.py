@@ -213,4 +213,4 @@ def _free_port() -> int:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, goes_on=False)

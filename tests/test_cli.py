@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import errno
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -373,6 +374,33 @@ def test_an_interrupt_ends_the_process_as_a_signal(program: str) -> None:
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
     assert result.returncode == -signal.SIGINT
     assert result.stderr == "Interrupted; the same command goes on from the last checkpoint.\n"
+
+
+def test_only_what_goes_on_says_so_when_interrupted() -> None:
+    program = "from nni_cream.cli import run\ndef main():\n    raise KeyboardInterrupt\nrun(main, goes_on=False)"
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
+    assert (result.returncode, result.stderr) == (-signal.SIGINT, "Interrupted.\n")
+
+
+def test_what_keeps_no_checkpoints_does_not_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: dict[str, bool] = {}
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    for script in sorted((ROOT / "trials").glob("*.py")):
+        monkeypatch.setattr(
+            "nni_cream.cli.run", lambda _main, *, goes_on=True, name=script.stem: said.update({name: goes_on})
+        )
+        runpy.run_path(str(script), run_name="__main__")
+    assert said == {
+        "compare": True,
+        "export_child": False,
+        "make_subimagenet": False,
+        "measure_latency": False,
+        "rank_correlation": True,
+        "retrain_child": True,
+        "search_cream": True,
+        "search_darts": True,
+        "test_child": False,
+    }
 
 
 @pytest.mark.parametrize(

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 from torch import Tensor
+from torchvision import transforms
 
 from nni_cream.data import Augmentation, DataSplits, LabelledImages, load_data
 from nni_cream.errors import UserError
+from nni_cream.resident import as_resident
 from tests.data.images import drawn
 
 WHOLE: dict[str, Any] = {"scale": (1.0, 1.0), "ratio": (1.0, 1.0)}
@@ -99,6 +103,40 @@ class TestAugmentation:
             counts[found] += 1
         assert min(counts.values()) > 0
         assert sum((count - 20) ** 2 / 20 for count in counts.values()) < 51  # chi-square: one in a thousand
+
+    @pytest.mark.parametrize("size", [(30, 20), (20, 33), (20, 20)])
+    @pytest.mark.parametrize("resident", [True, False])
+    def test_padding_keeps_proportions(self, tmp_path: Path, size: tuple[int, int], resident: bool) -> None:
+        """Of an image that is not square the same middle is taken as when it is measured on."""
+        pixels = np.random.default_rng(0)
+        for name in ("a", "b"):
+            (tmp_path / name).mkdir()
+            for number in range(4):
+                image = Image.fromarray(pixels.integers(0, 256, (*size, 3), dtype=np.uint8))
+                image.save(tmp_path / name / f"{number}.png")
+        augmentation = Augmentation(crop_padding=1, hflip=0, color_jitter=0)
+        splits = load_data("folder", folder=tmp_path, resolution=12, augmentation=augmentation)
+        measured_on = splits.test.transform
+        images: Any = as_resident(splits.weights, 12, torch.device("cpu")) if resident else splits.weights
+        black = measured_on(Image.new("RGB", (12, 12)))[:, :1, :1]
+        padded = black.repeat(1, 14, 14)
+        padded[:, 1:13, 1:13] = measured_on(splits.weights.images.rgb(int(splits.weights.indices[0])))
+        windows = {(y, x): padded[:, y : y + 12, x : x + 12] for y in range(3) for x in range(3)}
+        torch.manual_seed(0)
+        seen = set()
+        for _ in range(60):
+            found, _label = images[0]
+            (at,) = (at for at, window in windows.items() if torch.equal(found, window))
+            seen.add(at)
+        assert seen == set(windows)
+
+    def test_padding_leaves_square_images_as_they_were(self) -> None:
+        splits = load_data("digits", resolution=12, augmentation=Augmentation(crop_padding=2))
+        resize, middle, *others = splits.weights.transform.transforms  # type: ignore[attr-defined]
+        squashed = transforms.Compose([transforms.Resize((12, 12), resize.interpolation), *others])
+        assert isinstance(middle, transforms.CenterCrop)
+        before = LabelledImages(splits.weights.images, splits.weights.indices, squashed)
+        assert torch.equal(drawn(splits.weights, range(20)), drawn(before, range(20)))
 
     def test_cutout_comes_after_all_else(self) -> None:
         splits = load_data("digits", resolution=12, augmentation=Augmentation(**WHOLE, cutout=6))

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torchvision.datasets import ImageFolder
 
 from nni_cream import _data_sources
@@ -74,6 +75,61 @@ class TestFolders:
         with pytest.raises(UserError, match=r"test and the train/ beside it differ in their class folders: b, c\."):
             load_data("folder", folder=tmp_path, resolution=8)
 
+    @pytest.mark.parametrize("parts", [("Training", "Testing"), ("test", "val"), ("Train", "test", "val")])
+    def test_parts_with_other_names_are_not_taken_for_classes(self, tmp_path: Path, parts: tuple[str, ...]) -> None:
+        for part in parts:
+            write_images(tmp_path / part, {"cat": 4, "dog": 4})
+        sentence = (
+            rf"^{tmp_path} holds {', '.join(sorted(parts))}, each with the same folders of images \(cat, dog\): "
+            r"if they are parts of a data set, call them train/ and test/ \(and val/\), in lower case, and if they are "
+            r"classes, put the images of each directly into its folder\.$"
+        )
+        with pytest.raises(UserError, match=sentence):
+            load_data("folder", folder=tmp_path, resolution=8)
+
+    @pytest.mark.parametrize(
+        "folders",
+        [
+            ["cat/indoors", "cat/outdoors", "cat", "dog/indoors", "dog/outdoors"],
+            ["cat/indoors", "cat/outdoors", "dog/indoors"],
+            ["cat/raw", "dog/raw"],
+            ["cat/indoors", "cat/outdoors", "dog/indoors", "dog/outdoors"],
+        ],
+        ids=["images beside them", "other folders", "one folder", "the same folders"],
+    )
+    def test_class_folders_may_hold_folders(self, tmp_path: Path, folders: list[str]) -> None:
+        for folder in folders:
+            (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+            for number in range(4):
+                Image.new("RGB", (12, 12)).save(tmp_path / folder / f"{number}.png")
+        assert load_data("folder", folder=tmp_path, resolution=8).class_names == ("cat", "dog")
+
+    @pytest.mark.parametrize(
+        ("others", "remedy"),
+        [
+            (["valid"], "rename it to val/ or test/, or move it out of "),
+            (["valid", "test"], "rename it to val/, or move it out of "),
+            (["valid", "test", "val"], "move it out of "),
+        ],
+        ids=["alone", "beside test", "beside both"],
+    )
+    def test_a_part_beside_train_is_not_passed_over(self, tmp_path: Path, others: list[str], remedy: str) -> None:
+        for part in ("train", *others):
+            write_images(tmp_path / part, {"a": 4, "b": 4})
+        sentence = (
+            rf"^{tmp_path} holds valid/ with the same class folders as train/ \(a, b\), and would be read without it: "
+            rf"{remedy}{tmp_path}\.$"
+        )
+        with pytest.raises(UserError, match=sentence):
+            load_data("folder", folder=tmp_path, resolution=8)
+
+    def test_a_folder_beside_train_that_is_no_part(self, tmp_path: Path) -> None:
+        for part, count in (("train", 10), ("test", 2), ("labels", 0), (".valid", 1)):
+            write_images(tmp_path / part, {"a": count, "b": count})
+        write_images(tmp_path / "figures", {"a": 1})
+        splits = load_data("folder", folder=tmp_path, resolution=8)
+        assert [len(getattr(splits, part)) for part in PARTS] == [16, 2, 2, 4]
+
     @pytest.mark.parametrize("name", ["imagenet", "folder"])
     def test_no_folder_given(self, name: str) -> None:
         with pytest.raises(UserError, match=f"data set '{name}' needs data.folder"):
@@ -131,6 +187,34 @@ class TestFolders:
         write_images(tmp_path, {"a": 1, "a/.ipynb_checkpoints": 1, "a/more": 1, "a/more/.trash/old": 1, "b": 1})
         (tmp_path / "a/._000.png").write_bytes(b"what macOS leaves")
         assert self.files(tmp_path) == ["a/000.png", "a/more/000.png", "b/000.png"]
+
+    def test_images_of_another_ending_are_told_once(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        for part in ("train", "val"):
+            write_images(tmp_path / part, {"a": 4, "b": 4})
+            for name in ("x.gif", "y.JFIF", "z.jfif", "w.heic", "notes.txt", "table.csv", "all.pdf", "none", ".x.gif"):
+                (tmp_path / part / "a" / name).touch()
+        load_data("imagenet", folder=tmp_path, resolution=8)
+        load_data("folder", folder=tmp_path, resolution=8)
+        printed = capsys.readouterr()
+        assert printed.out == ""
+        assert printed.err == (
+            f"warning: images in {tmp_path} are left out (2 .gif, 2 .heic, 4 .jfif): only files that end in .jpg, "
+            ".jpeg, .png, .ppm, .bmp, .pgm, .tif, .tiff, .webp are read.\n"
+        )
+
+    @pytest.mark.parametrize(("rank", "name"), [("0", "notes.txt"), ("1", "x.gif")], ids=["no image", "second process"])
+    def test_nothing_is_told_otherwise(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, rank: str, name: str
+    ) -> None:
+        monkeypatch.setenv("RANK", rank)
+        write_images(tmp_path, {"a": 4, "b": 4})
+        (tmp_path / "a" / name).touch()
+        load_data("folder", folder=tmp_path, resolution=8)
+        assert capsys.readouterr() == ("", "")
+
+    def test_the_page_lists_the_endings(self, repository: Path) -> None:
+        page = (repository / "docs/data.md").read_text(encoding="utf-8")
+        assert ", ".join(f"`{ending}`" for ending in _data_sources.IMG_EXTENSIONS) in page.replace("\n", " ")
 
     def test_a_link_adds_nothing_that_is_there_already(self, tmp_path: Path) -> None:
         write_images(tmp_path, {"a": 2, "a/more": 1, "b": 1})

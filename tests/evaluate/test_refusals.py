@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -165,6 +167,14 @@ class TestRefusals:
         settings = {"data": {"name": "folder", "folder": str(images)}}
         message = refusal(ours, None, settings)
         assert message.startswith(f"{ours} tells 10 classes apart, but the data set 'folder' has 2: give the data that")
+
+    @pytest.mark.parametrize("value", [math.nan, math.inf])
+    def test_of_weights_that_are_not_finite(self, ours: Path, network: nn.Module, value: float) -> None:
+        weights = copy.deepcopy(network)
+        weights.get_parameter("classifier.weight").data.fill_(value)
+        save_network(ours, weights, architecture=str(PATH), num_classes=10, data=DIGITS, size={})
+        message = refusal(ours, None, {})
+        assert message.startswith(f"{ours} has no accuracy: the loss of its network {PATH} on the test part is nan, ")
 
     def test_of_stored_data_settings_that_make_no_sense(self, ours: Path, network: nn.Module) -> None:
         save_network(ours, network, architecture=str(PATH), num_classes=10, data={**DIGITS, "name": "digit"}, size={})
