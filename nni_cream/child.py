@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Final
 from nni_cream.architecture import CreamPath
 from nni_cream.errors import UserError
 from nni_cream.genotype import Genotype
-from nni_cream.runs import read_json, write_atomically, write_json
+from nni_cream.runs import read_json, to_json, write_atomically, write_json
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -376,7 +376,7 @@ def save_network(
         "format": NETWORK_FORMAT,
         "architecture": architecture,
         "num_classes": str(num_classes),
-        "data": json.dumps(data, ensure_ascii=False),
+        "data": to_json(data),
     }
     if size:
         notes["size"] = json.dumps(size)

@@ -70,8 +70,11 @@ def noted(data: Data, splits: DataSplits) -> dict[str, Any]:
     settings = data.model_dump(mode="json")
     if data.folder is None:
         return settings
-    images = {"class_names": _as_text(splits.class_names), "test": asdict(_fingerprint(splits, ("test",)))}
-    return {**settings, "folder": os.path.abspath(data.folder), "images": images}
+    return {**settings, "folder": os.path.abspath(data.folder), "images": _noted_images(splits)}
+
+
+def _noted_images(splits: DataSplits) -> dict[str, Any]:
+    return {"class_names": _as_text(splits.class_names), "test": asdict(_fingerprint(splits, ("test",)))}
 
 
 def class_names(notes: Mapping[str, Any]) -> list[str] | None:
@@ -98,6 +101,20 @@ def refuse_other_classes(notes: Mapping[str, Any], splits: DataSplits, file: Pat
             f"{file} tells the classes {_some(before)} apart, but the folder has {_some(now)}: class {position} was "
             f"{before[position]!r} and would be {now[position]!r}; give each class its name as it was."
         )
+
+
+def names_another_folder(notes: Mapping[str, Any], data: Data) -> bool:
+    """Tell whether ``notes`` (see :func:`noted`) are of another folder than ``data``, be it moved or of other images.
+
+    Of data without a folder, and of files without notes, that is not known, and so not told.
+    """
+    before = notes.get("folder")
+    return data.folder is not None and before is not None and before != os.path.abspath(data.folder)
+
+
+def has_the_same_test_part(notes: Mapping[str, Any], splits: DataSplits) -> bool:
+    """Tell whether ``notes`` (see :func:`noted`) are known to be of these classes and this test part, in any folder."""
+    return _images_of(notes) == _noted_images(splits)
 
 
 def has_another_test_part(notes: Mapping[str, Any], data: Data, splits: DataSplits) -> bool:

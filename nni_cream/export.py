@@ -12,6 +12,7 @@ import json
 import logging
 import re
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,7 @@ from timm.data.config import resolve_data_config
 from timm.data.transforms_factory import create_transform
 from torch import Tensor, nn
 
-from nni_cream.child import weights_beside
+from nni_cream.child import AVERAGED, plain_beside, read_notes, weights_beside
 from nni_cream.cost import measure_network
 from nni_cream.data import preparation
 from nni_cream.data_checks import class_names
@@ -37,6 +38,8 @@ FORMATS: Final = {"onnx": ".onnx", "export": ".pt2", "torchscript": ".pt"}
 FORMAT: Final = "nni_cream.export/1"
 # Where formats other than ONNX keep what ONNX has a place for.
 NOTES_FILE: Final = "nni_cream.json"
+# What the notes say of weights that are no averages.
+PLAIN: Final = "plain"
 # How much of the largest logit another may be off.
 TOLERANCE: Final = 1e-4
 # Photographs and their mirror images, and as many random images.
@@ -99,32 +102,38 @@ def export_checkpoint(
     Args:
         file: a checkpoint, or the ``child.json`` beside one.
         model: timm's name of the network, which a foreign checkpoint needs.
-        use_ema: take the averaged weights of a foreign checkpoint that has both.
-        output: the file to write; None for one beside ``file``.
+        use_ema: take the averaged weights of a checkpoint that has both.
+        output: the file to write; None for one beside ``file``, which has another name for the plain weights of a
+            checkpoint that has both, and replaces nothing but another export.
         form: one of :data:`FORMATS`.
         resolution: height and width R of the images, in pixels; None for those that it was trained or searched with.
         opset: version of ONNX's operators; None for PyTorch's choice.
 
     Raises:
         UserError: as :func:`nni_cream.evaluate.load_checkpoint`; if the network cannot take such images; if there is no
-            such format or opset; or if what would be written differs from the network by more than :data:`TOLERANCE`.
-            Nothing is written then.
+            such format or opset; if what would be written differs from the network by more than :data:`TOLERANCE`; or
+            if it would replace what is exported, or without ``output`` a file that is no export. Nothing is written
+            then.
     """
-    output = output or file_beside(file, form)
+    beside = file_beside(file, form)
     if opset is not None and form != "onnx":
         raise UserError(f"An opset is a version of ONNX's operators, which the format {form!r} does not have.")
     if resolution is not None and not 1 <= resolution <= LARGEST_RESOLUTION:
         raise UserError(f"The resolution is {resolution} pixels, but should be from 1 to {LARGEST_RESOLUTION}.")
     checkpoint = load_checkpoint(file, model, use_ema=use_ema)
     source = weights_beside(file) if file.suffix == ".json" else file
-    if output.resolve() in (file.resolve(), source.resolve()):
-        raise UserError(f"{output} is what is to be exported, and would be overwritten; give another --output.")
+    averaged, has_both = _weights_in(source, use_ema)
+    to = output or (plain_beside(beside) if has_both and not averaged else beside)
+    if to.resolve() in (file.resolve(), source.resolve()):
+        raise UserError(f"{to} is what is to be exported, and would be overwritten; give another --output.")
+    if output is None and to.is_file() and not _is_export(to):
+        raise UserError(f"{to} exists and is no export of a network, so that it is kept; say with --output where to.")
     prepared = _preparation(checkpoint, resolution)
     network = _for_evaluation(checkpoint.network)
     measure_network(network, prepared["input_size"][-1])
 
     images = check_images(prepared)
-    notes = _notes(checkpoint, prepared)
+    notes = {**_notes(checkpoint, prepared), "weights": AVERAGED if averaged else PLAIN}
     with warnings.catch_warnings(), _errors_only("torch.onnx", "onnxscript"):
         # What PyTorch's exporters say of their own code, and that sizes become constants, as they should.
         for category in (DeprecationWarning, FutureWarning, torch.jit.TracerWarning):  # type: ignore[attr-defined]
@@ -136,9 +145,9 @@ def export_checkpoint(
             f"As {form}, the network of {file} gives other logits: they are off by {difference:.1e} of the largest, "
             f"where {TOLERANCE:g} is allowed; try another --format, --opset or --resolution."
         )
-    write_atomically(output, lambda temporary: temporary.write_bytes(content))
+    write_atomically(to, lambda temporary: temporary.write_bytes(content))
     return Exported(
-        file=output,
+        file=to,
         network=checkpoint.name,
         form=form,
         resolution=prepared["input_size"][-1],
@@ -146,6 +155,26 @@ def export_checkpoint(
         opset=found,
         difference=difference,
     )
+
+
+def _weights_in(file: Path, use_ema: bool) -> tuple[bool, bool]:
+    """Tell whether averaged weights are taken of a checkpoint, which can be read, and whether it has both kinds.
+
+    Plain ones of ours lie beside the averaged.
+    """
+    if file.suffix == ".safetensors":
+        has_averaged = read_notes(file).get("weights") == AVERAGED
+        return has_averaged and use_ema, has_averaged and plain_beside(file).is_file()
+    # The keys by which timm chooses; on meta, because the weights themselves have been read.
+    with torch.serialization.safe_globals([(OrderedDict, "yacs.config.CfgNode")]):
+        content = torch.load(file, map_location="meta", weights_only=True)
+    has_averaged = any(content.get(key) is not None for key in ("state_dict_ema", "model_ema"))
+    return has_averaged and use_ema, has_averaged and any(key in content for key in ("state_dict", "model"))
+
+
+def _is_export(file: Path) -> bool:
+    # Every format keeps the notes as they are, so that nothing has to be loaded for them.
+    return FORMAT.encode() in file.read_bytes()
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import os
 from pathlib import Path
 from typing import Any, Final
 
@@ -16,7 +17,7 @@ from nni_cream.architecture import CreamPath
 from nni_cream.checkpoints import find_checkpoint
 from nni_cream.child import Candidate, Child, build_network, load_weights, plain_beside, save_network
 from nni_cream.cost import measure_network
-from nni_cream.data_checks import noted, warn_of_another_test_part
+from nni_cream.data_checks import has_the_same_test_part, names_another_folder, noted, warn_of_another_test_part
 from nni_cream.errors import UserError
 from nni_cream.genotype import Genotype
 from nni_cream.mixing import Mixing
@@ -137,7 +138,8 @@ def refuse_another_training(recipe: RetrainRecipe, candidate: Candidate, directo
 
     Raises:
         UserError: if it holds a training by another recipe or of another network, on other data or with other inherited
-            weights; and if ``candidate`` is none, or the result of the training is damaged.
+            weights; and if ``candidate`` is none, the result of the training is damaged, or the data of one that has
+            ended is in another folder now and cannot be loaded.
     """
     directory.refuse_another(to_yaml(recipe))
     _, name, data = _asked_for(recipe, candidate)
@@ -150,8 +152,26 @@ def refuse_another_training(recipe: RetrainRecipe, candidate: Candidate, directo
     directory.keep_to(training)
     # Of what it is was not always noted when a training began.
     file = directory.path / "result.json"
-    if file.exists() and (before := _canonical(read_result(file)["network"])) != network:
+    if not file.exists():
+        return
+    result = read_result(file)
+    if (before := _canonical(result["network"])) != network:
         raise another_training(directory, before, network)
+    _refuse_other_data(result.get("data", {}), data, recipe.seed, network, directory)
+
+
+def _refuse_other_data(notes: dict[str, Any], data: Data, seed: int, network: str, directory: RunDirectory) -> None:
+    """Make sure that a training that has ended was on ``data``, which may have been moved since.
+
+    One that has not ended compares all images as it goes on.
+    """
+    if not names_another_folder(notes, data) or has_the_same_test_part(notes, load_splits(data, seed)):
+        return
+    assert data.folder is not None
+    raise UserError(
+        f"{directory.path} holds a training of {network} on {notes['folder']}, not on {os.path.abspath(data.folder)}; "
+        "choose another folder with --name."
+    )
 
 
 def _asked_for(recipe: RetrainRecipe, candidate: Candidate) -> tuple[Child | None, str, Data]:
@@ -210,10 +230,13 @@ class _Result(BaseModel):
     val_plain_accuracy: float | None = None
     flops: int
     params: int
+    data: dict[str, Any] | None = None
 
 
 def read_result(file: Path) -> dict[str, Any]:
     """Read what a training has ended with; accuracies of plain weights are there where others were averaged.
+
+    So is ``data``, as of :func:`nni_cream.data_checks.noted`, where it was noted.
 
     Raises:
         UserError: if the file is no result of a training.

@@ -3,6 +3,7 @@ from __future__ import annotations
 import errno
 import json
 import math
+import os
 import resource
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from nni_cream.architecture import CreamPath
 from nni_cream.child import (
     Candidate,
     Child,
+    Description,
     build_network,
     fit_weights,
     load_weights,
@@ -309,6 +311,15 @@ class TestWrongChild:
 
     def test_of_a_name_that_no_file_has(self) -> None:
         assert "is not a child of a search" in refusal(Path("a" * 300))
+
+
+def test_a_folder_whose_path_is_no_text_comes_back(tmp_path: Path) -> None:
+    data = {"name": "folder", "folder": os.fsdecode(b"/bad\xff"), "resolution": 8}
+    child = make_child(data=data)
+    child.save(tmp_path / "child.json", small_network())
+    assert Child.load(tmp_path / "child.json") == child
+    weights = tmp_path / "child.safetensors"
+    assert Description.of_notes(child_module.read_notes(weights), weights).data == data
 
 
 class TestWrongWeights:

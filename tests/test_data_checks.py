@@ -17,6 +17,8 @@ from nni_cream.data import DataSplits, load_data
 from nni_cream.data_checks import (
     fingerprint,
     has_another_test_part,
+    has_the_same_test_part,
+    names_another_folder,
     noted,
     refuse_other_classes,
     refuse_unreadable,
@@ -127,6 +129,20 @@ class TestNotes:
         # A search would fail in its end else.
         save_network(tmp_path / "a.safetensors", nn.Linear(1, 1), architecture="a", num_classes=2, data=notes, size={})
         write_json(tmp_path / "child.json", notes)
+
+    def test_of_another_folder(self, folder: Path, tmp_path: Path) -> None:
+        notes, data, splits = self.read(folder)
+        assert not names_another_folder(notes, data)
+        moved = folder.rename(tmp_path / "moved")
+        _, data, splits = self.read(moved)
+        assert names_another_folder(notes, data)
+        assert has_the_same_test_part(notes, splits)
+        (moved / "a").rename(moved / "c")
+        assert not has_the_same_test_part(notes, splits_of(moved))
+        # Of what was not noted nothing is known.
+        assert not has_the_same_test_part({"folder": str(folder)}, splits)
+        assert not names_another_folder({}, data)
+        assert not names_another_folder(notes, Data(name="digits"))
 
     def test_files_without_notes(self, folder: Path) -> None:
         _, data, splits = self.read(folder)

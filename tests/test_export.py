@@ -143,8 +143,9 @@ class TestFormats:
         torch.save({"state_dict": plain.state_dict(), "state_dict_ema": averaged.state_dict()}, tmp_path / "14.pth.tar")
         for use_ema, network in ((True, averaged), (False, plain)):
             exported = export_checkpoint(tmp_path / "14.pth.tar", "cream_14", use_ema=use_ema, form=form, resolution=32)
-            assert exported.file == tmp_path / f"14{FORMATS[form]}"
+            assert exported.file == tmp_path / f"14{'' if use_ema else '_plain'}{FORMATS[form]}"
             run, notes = reader(form, exported.file)
+            assert notes["weights"] == ("ema" if use_ema else "plain")
             same_for_batches(network, run, 32)
         assert (notes["architecture"], notes["mean"], notes["crop_pct"]) == (
             "cream_14",
@@ -170,12 +171,12 @@ class TestFormats:
 
         monkeypatch.setitem(export._EXPORTERS, form, exact_for_two_images_only)  # type: ignore[arg-type]
         output = child.with_suffix(FORMATS[form])
-        output.write_bytes(b"old")
+        output.write_bytes(b"old nni_cream.export/1")
         with pytest.raises(
             UserError, match=rf"As {form}, the network of .* gives other logits: they are off by 2\.[01]e-04"
         ):
             export_checkpoint(child, form=form)
-        assert output.read_bytes() == b"old"
+        assert output.read_bytes() == b"old nni_cream.export/1"
         assert len(list(child.parent.iterdir())) == 3
 
 
@@ -303,9 +304,40 @@ class TestRefusals:
             export_checkpoint(tmp_path / "a.pt", "cream_14", form="torchscript")
         assert (tmp_path / "a.pt").read_bytes() == before
 
+    @every_form
+    def test_of_replacing_what_is_no_export(self, child: Path, form: str) -> None:
+        output = child.with_suffix(FORMATS[form])
+        torch.save({"state_dict": {"a": torch.ones(1)}}, output)
+        before = output.read_bytes()
+        with pytest.raises(UserError) as caught:
+            export_checkpoint(child, form=form)
+        sentence = f"{output} exists and is no export of a network, so that it is kept; say with --output where to."
+        assert str(caught.value) == sentence
+        assert output.read_bytes() == before
+        # Who names it means it, and then it is an export.
+        export_checkpoint(child, form=form, output=output)
+        export_checkpoint(child, form=form)
+        assert reader(form, output)[1]["weights"] == "plain"
+
     def test_of_a_checkpoint_that_is_none(self, tmp_path: Path) -> None:
         with pytest.raises(UserError, match="There is no checkpoint"):
             export_checkpoint(tmp_path / "a.safetensors")
+
+
+def test_plain_weights_are_exported_beside_the_averaged_ones(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    file = tmp_path / "model.safetensors"
+    about: dict[str, Any] = {"architecture": str(PATH), "num_classes": 7, "data": DATA, "size": {}}
+    for averaged in (False, True):
+        network = with_opinions(build_network(str(PATH), 7, {}), 32)
+        save_network(file if averaged else tmp_path / "model_plain.safetensors", network, averaged=averaged, **about)
+    found = [export_checkpoint(file, form="torchscript", use_ema=use_ema).file for use_ema in (True, False)]
+    assert found == [tmp_path / "model.pt", tmp_path / "model_plain.pt"]
+    assert [reader("torchscript", one)[1]["weights"] for one in found] == ["ema", "plain"]
+    # Where nothing was averaged there is only one set.
+    save_network(file, network, **about)
+    only = export_checkpoint(file, form="torchscript", use_ema=False).file
+    assert (only.name, reader("torchscript", only)[1]["weights"]) == ("model.pt", "plain")
 
 
 @pytest.mark.parametrize(

@@ -527,3 +527,46 @@ class TestAnotherTrainingInTheFolder:
             with pytest.raises(Stopped):
                 run(folder, moved, inherit_weights=inherit, data=data)
             (tmp_path / "moved.json").rename(board.file)
+
+    def test_of_a_child_that_was_found_on_another_folder(
+        self, tmp_path: Path, board: Candidate, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert board.file is not None
+        found = json.loads(board.file.read_text())
+
+        def search_on(folder: Path) -> dict[str, Any]:
+            data = Data(name="folder", folder=folder, resolution=32)
+            notes = noted(data, load_data("folder", folder=folder, resolution=32))
+            board.file.write_text(json.dumps({**found, "num_classes": 2, "data": notes}))
+            return notes
+
+        for name, classes in (("a", "cat dog"), ("b", "cat dog"), ("c", "cup pot")):
+            for one in classes.split():
+                (tmp_path / name / one).mkdir(parents=True)
+                for number in range(10 + (name == "b")):
+                    Image.new("RGB", (9, 9), number).save(tmp_path / name / one / f"{number}.png")
+        path = str(CreamPath.of(PATHS[0]))
+        result = {"network": path, "test_accuracy": 0.5, "val_accuracy": 0.25, "flops": 3, "params": 4, "folder": "f"}
+        ended = {**result, "data": search_on(tmp_path / "a")}
+        (tmp_path / "run").mkdir()
+        file = tmp_path / "run/result.json"
+        file.write_text(json.dumps(ended))
+        data = {"data": {"batch_size": 4}}
+        assert run(tmp_path / "run", board, **data) == 0.5
+        for other in ("b", "c"):
+            search_on(tmp_path / other)
+            capsys.readouterr()
+            with pytest.raises(UserError) as caught:
+                run(tmp_path / "run", board, **data)
+            assert str(caught.value) == (
+                f"{tmp_path / 'run'} holds a training of {path} on {tmp_path / 'a'}, not on {tmp_path / other}; choose "
+                "another folder with --name."
+            )
+            assert capsys.readouterr().out == ""
+        # Where the images were not noted, another folder counts as other images.
+        (tmp_path / "a").rename(tmp_path / "moved")
+        search_on(tmp_path / "moved")
+        assert run(tmp_path / "run", board, **data) == 0.5
+        file.write_text(json.dumps({**ended, "data": {**ended["data"], "images": None}}))
+        with pytest.raises(UserError, match=r"holds a training of .* on .*/a, not on .*/moved; choose"):
+            run(tmp_path / "run", board, **data)

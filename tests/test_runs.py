@@ -83,6 +83,16 @@ class TestWriting:
         write_json(tmp_path / "a.json", value)
         assert read_json(tmp_path / "a.json", "thing") == value
 
+    def test_paths_that_are_no_text(self, tmp_path: Path) -> None:
+        value = {"folder": os.fsdecode(b"/bad\xff"), "ü": "–"}
+        write_json(tmp_path / "a.json", value)
+        assert read_json(tmp_path / "a.json", "thing") == value
+        write_text(tmp_path / "a.html", f"<p>ü in {value['folder']}</p>")
+        assert (tmp_path / "a.html").read_text(encoding="utf-8") == "<p>ü in /bad\\udcff</p>"
+        # All else is as it reads best.
+        write_json(tmp_path / "a.json", {"ü": "–"})
+        assert (tmp_path / "a.json").read_text(encoding="utf-8") == '{\n  "ü": "–"\n}\n'
+
     @pytest.mark.parametrize("content", [b"", b"{", b"\xff", b'{"a": 1'])
     def test_what_is_no_json_is_named(self, tmp_path: Path, content: bytes) -> None:
         file = tmp_path / "a.json"

@@ -4,7 +4,7 @@
     python trials/export_child.py --checkpoint runs/cream_mnist5k/child.json --format torchscript
     python trials/export_child.py --checkpoint 287.pth.tar --model cream_287 --output cream_287.onnx
 
-The file is written beside the checkpoint, unless --output says otherwise.
+The file is written beside the checkpoint, unless --output says otherwise; only an earlier export is replaced there.
 """
 
 from __future__ import annotations
@@ -50,4 +50,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, goes_on=False)
