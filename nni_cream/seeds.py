@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import re
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 from nni_cream.child import Candidate
-from nni_cream.errors import UserError
 from nni_cream.ranks import is_first
 from nni_cream.recipe import RetrainRecipe
-from nni_cream.retrain import read_result, refuse_another_training, retrain
+from nni_cream.retrain import read_result, retrain
 from nni_cream.runs import RunDirectory, write_json
-
-_FOLDER: Final = re.compile(r"seed(0|[1-9][0-9]*)")
 
 
 @dataclass(frozen=True)
@@ -50,8 +46,7 @@ Run = tuple[RetrainRecipe, RunDirectory]
 def retrain_seeds(runs: Sequence[Run], candidate: Candidate, folder: Path) -> Spread | None:
     """Train once for every run, and write ``summary.json`` into ``folder``; a run that has ended is not run again.
 
-    The summary, and what is returned, are of all seeds of this training that have ended in ``folder``. Besides the
-    weights, the seed decides which images outside the test part are trained on, so the spread is of both.
+    Besides the weights, the seed decides which images outside the test part are trained on, so the spread is of both.
 
     Returns:
         The accuracy on the test part; None in all processes of a run but the first.
@@ -65,9 +60,7 @@ def retrain_seeds(runs: Sequence[Run], candidate: Candidate, folder: Path) -> Sp
         retrain(recipe, candidate, directory)
     if not is_first():
         return None
-    directories = {recipe.seed: directory for recipe, directory in runs}
-    directories |= _others_ended(runs[0][0], candidate, folder, directories)
-    summary = summarize(dict(sorted(directories.items())))
+    summary = summarize({recipe.seed: directory for recipe, directory in runs})
     write_json(folder / "summary.json", summary)
     spread = Spread(**summary["test_accuracy"])
     print(f"network: {summary['network']}")
@@ -76,25 +69,6 @@ def retrain_seeds(runs: Sequence[Run], candidate: Candidate, folder: Path) -> Sp
         print(f"test accuracy of the plain weights: {Spread(**summary['test_plain_accuracy'])}")
     print(f"test accuracy: {spread} ({spread.runs} seed{'s' * (spread.runs != 1)})", flush=True)
     return spread
-
-
-def _others_ended(
-    recipe: RetrainRecipe, candidate: Candidate, folder: Path, known: Mapping[int, RunDirectory]
-) -> dict[int, RunDirectory]:
-    """Return the trainings with other seeds that have ended in ``folder``, and tell of those that are not the same."""
-    found = {}
-    for file in sorted(folder.glob("seed*/result.json")):
-        named = _FOLDER.fullmatch(file.parent.name)
-        if named is None or (seed := int(named[1])) in known:
-            continue
-        directory = RunDirectory(file.parent)
-        try:
-            refuse_another_training(recipe.model_copy(update={"seed": seed}), candidate, directory)
-        except UserError as error:
-            print(f"Seed {seed} is left out of the summary: {error}", flush=True)
-        else:
-            found[seed] = directory
-    return found
 
 
 def summarize(directories: Mapping[int, RunDirectory]) -> dict[str, Any]:

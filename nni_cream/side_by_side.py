@@ -101,7 +101,8 @@ def _train_in_turn(trainings: Sequence[Training], *, quiet: bool) -> None:
             # Another process began it a moment before.
             continue
         if quiet:
-            print(f"{training.name}: test accuracy {accuracy:.4f}", flush=True)
+            # With its end in one piece: another process may print at the same time, unbuffered (PYTHONUNBUFFERED).
+            print(f"{training.name}: test accuracy {accuracy:.4f}\n", end="", flush=True)
 
 
 @contextlib.contextmanager

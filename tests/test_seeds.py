@@ -12,9 +12,8 @@ from safetensors.torch import load_file
 from nni_cream import seeds as module_under_test
 from nni_cream.child import Candidate
 from nni_cream.recipe import RetrainRecipe
-from nni_cream.recipe_files import to_yaml
 from nni_cream.retrain import retrain
-from nni_cream.runs import RunDirectory, write_json
+from nni_cream.runs import RunDirectory
 from nni_cream.seeds import Spread, retrain_seeds
 from tests.test_retrain import GENOTYPE
 from tests.trainers import LIGHTNINGS_WARNINGS
@@ -101,46 +100,6 @@ def test_each_seed_is_what_it_is_by_itself_and_ended_ones_are_not_run_again(
     assert trained == [5]
     third = json.loads((tmp_path / "all/seed5/result.json").read_text())["test_accuracy"]
     assert again == Spread.of([*accuracies, third])
-
-
-def test_seeds_that_have_ended_before_count(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    accuracies = {3: 0.5, 10: 0.75, 4: 0.625}
-
-    def ends(recipe: RetrainRecipe, _: Candidate, directory: RunDirectory, **changes: Any) -> float:
-        accuracy = accuracies[recipe.seed]
-        result = {"network": str(GENOTYPE), "test_accuracy": accuracy, "val_accuracy": 0.5, "flops": 1, "params": 2}
-        directory.begin(to_yaml(recipe), recipe.seed)
-        write_json(directory.path / "result.json", {**result, "folder": "f", **changes})
-        return accuracy
-
-    monkeypatch.setattr(module_under_test, "retrain", ends)
-    assert train(tmp_path, (3, 10)) == Spread.of([0.5, 0.75])
-    # By another recipe; the copy of one; and one that has not ended.
-    for folder, seed, changes in (("seed5", 5, {"epochs": 2}), ("seed3_copy", 3, {})):
-        other = RetrainRecipe.model_validate({**RECIPE, "seed": seed, **changes})
-        ends(other.model_copy(update={"seed": 3}), CANDIDATE, RunDirectory(tmp_path / folder))
-    RunDirectory(tmp_path / "seed6").begin(to_yaml(recipe(6)), 6)
-    capsys.readouterr()
-
-    expected = Spread.of([0.5, 0.625, 0.75])
-    assert train(tmp_path, (4,)) == expected
-    told = capsys.readouterr().out.splitlines()
-    assert told[-1] == f"test accuracy: {expected} (3 seeds)"
-    left_out = f"Seed 5 is left out of the summary: {tmp_path / 'seed5'} holds a run of another recipe"
-    assert [line for line in told if "left out" in line and not line.startswith(left_out)] == []
-    assert any(line.startswith(left_out) for line in told)
-    summary = json.loads((tmp_path / "summary.json").read_text())
-    assert list(summary["seeds"]) == ["3", "4", "10"]
-    assert summary["test_accuracy"] == vars(expected)
-
-    # Of several processes the first alone speaks and writes.
-    (tmp_path / "summary.json").unlink()
-    monkeypatch.setenv("RANK", "1")
-    assert train(tmp_path, (4,)) is None
-    assert capsys.readouterr().out == ""
-    assert not (tmp_path / "summary.json").exists()
 
 
 def test_a_seed_that_fails_leaves_those_before_it_and_no_summary(
