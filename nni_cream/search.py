@@ -21,7 +21,7 @@ from nni.nas.oneshot.pytorch.strategy import OneShotStrategy
 from nni.nas.space import RawFormatModelSpace
 from pytorch_lightning.loggers import TensorBoardLogger
 
-from nni_cream.architecture import CreamPath
+from nni_cream.architecture import CreamPath, block_label
 from nni_cream.checkpoints import LastTwo, find_checkpoint, steps_before
 from nni_cream.child import Child
 from nni_cream.cost import measure_space
@@ -282,14 +282,19 @@ def refuse_unreachable(flops: Flops, plan: SpacePlan, options: Mapping[str, Any]
     Raises:
         UserError: if it is above or below all of them; it says which intervals are possible.
     """
-    from search_spaces.cream import DEEPEST, SHALLOWEST, CreamSpace
+    from search_spaces.cream import DEEPEST, CreamSpace
 
-    shape = (3, plan.resolution, plan.resolution)
     with torch.device("meta"):
-        shallow, deep = (
-            measure_space(CreamSpace(depths, num_classes, **options), shape) for depths in (SHALLOWEST, DEEPEST)
+        table = measure_space(
+            CreamSpace((2,) * len(DEEPEST), num_classes, **options), (3, plan.resolution, plan.resolution)
         )
-    low, high = shallow.cheapest / _MILLION, deep.dearest / _MILLION
+    # All blocks of a stage but its first cost the same, so the second of each tells what every depth costs.
+    least, most = table.cheapest, table.dearest
+    for stage, depth in enumerate(DEEPEST, start=1):
+        further = [cost.macs for cost in table.choices[block_label(stage, 1)]]
+        least -= min(further)
+        most += (depth - 2) * max(further)
+    low, high = least / _MILLION, most / _MILLION
     if flops.max < low or flops.min > high:
         raise UserError(
             f"No network costs {flops.min:g} M to {flops.max:g} M multiply-accumulates (flops.min to flops.max) at "
