@@ -2,7 +2,8 @@
 
     python benchmarks/fused_cell.py
 
-All that is compared takes turns in one process, in float32; ratios are of medians. *Forward and backward* gives the
+All that is compared takes turns in one process, in float32: pass by pass, and step by step. A ratio is the median of
+those of all turns, so that a host that is slow for a while slows both sides of it. *Forward and backward* gives the
 gradients in all weights and α. The reference of its target is the textbook execution with PyTorch's own convolutions,
 contiguous in memory, as published; the package's textbook execution, whose depthwise convolutions have
 derivatives of their own, stands beside it. *Steps* are timed inside a training by NNI's evaluator and engine: of NNI's
@@ -13,12 +14,17 @@ peak of the resident memory of a new process rises in two steps; on a GPU, the p
 
 from __future__ import annotations
 
+import gc
 import logging
 import multiprocessing
 import statistics
+import threading
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +119,54 @@ class Stopwatch(Callback):
             self.seconds.append(time.perf_counter() - self._started)
 
 
+class Pause(Callback):
+    """Lets others have their turn after every step, and keeps Python's collector out of steps: it goes through all."""
+
+    def __init__(self, pause: Callable[[], None]) -> None:
+        self._pause = pause
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        """Begin a turn."""
+        gc.disable()
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        """End it."""
+        gc.enable()
+        self._pause()
+
+
+def take_turns(works: Mapping[str, Callable[[Callable[[], None]], Any]]) -> dict[str, Any]:
+    """Return what all works return, each in a thread of its own, of which one at a time runs.
+
+    Args:
+        works: each is given a function that lets the next one run, and returns when it is its turn again.
+    """
+    order = deque(works)
+    changed = threading.Condition()
+
+    def wait(name: str) -> None:
+        changed.wait_for(lambda: order[0] == name)
+
+    def pause(name: str) -> None:
+        with changed:
+            order.rotate(-1)
+            changed.notify_all()
+            wait(name)
+
+    def run(name: str) -> Any:
+        with changed:
+            wait(name)
+        try:
+            return works[name](partial(pause, name))
+        finally:
+            with changed:
+                order.popleft()
+                changed.notify_all()
+
+    with ThreadPoolExecutor(len(works)) as pool:
+        return dict(zip(works, pool.map(run, works), strict=True))
+
+
 def search(
     kind: str,
     shape: tuple[int, int, int],
@@ -181,7 +235,8 @@ def passes(shape: tuple[int, int, int], device: str) -> dict[str, Callable[[], A
 
 def peak_memory(kind: str, shape: tuple[int, int, int], device: str) -> float:
     """Return by how many MiB the peak of a new process's memory rises in a search of two steps."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
+    # Forked from one that has imported everything and done nothing yet.
+    with multiprocessing.get_context("forkserver").Pool(1) as pool:
         return pool.apply(_rise, (kind, shape, device))
 
 
@@ -206,33 +261,38 @@ def be_quiet() -> None:
     logging.disable(logging.WARNING)
 
 
-def measure(shape: tuple[int, int, int], repeats: int, rounds: int, steps: int, device: str) -> dict[str, Any]:
+def median_ratios(seconds: Mapping[str, Sequence[float]], what: str, reference: str) -> dict[str, float]:
+    """Return by what the others exceed ``reference``: medians of the ratios of all turns."""
+    return {
+        f"{what}, {name} / {reference}": statistics.median(
+            a / b for a, b in zip(times, seconds[reference], strict=True)
+        )
+        for name, times in seconds.items()
+        if name != reference
+    }
+
+
+def measure(shape: tuple[int, int, int], repeats: int, steps: int, device: str) -> dict[str, Any]:
     """Measure everything at one shape."""
     functions = passes(shape, device)
     timed: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(repeats):
         for name, function in functions.items():
             timed[name].append(seconds_of(function, device))
-    searched: dict[str, list[float]] = {kind: [] for kind in STEPS}
-    for _ in range(rounds):
-        for kind, seconds in searched.items():
-            # NNI's own strategy as its users have it.
-            memory_format = torch.contiguous_format if STEPS[kind] is nnis else torch.channels_last
-            seconds += search(kind, shape, memory_format, steps, device)
+
+    def searching(kind: str, pause: Callable[[], None]) -> list[float]:
+        # NNI's own strategy as its users have it.
+        memory_format = torch.contiguous_format if STEPS[kind] is nnis else torch.channels_last
+        return search(kind, shape, memory_format, steps, device, callbacks=[Pause(pause)])
+
+    searched = take_turns({kind: partial(searching, kind) for kind in STEPS})
     kinds = ("first order", "finite difference", "exact")
     memory = {kind: peak_memory(kind, shape, device) for kind in kinds}
-    fused, first = statistics.median(timed["fused"]), statistics.median(searched["first order"])
     ratios = {
-        f"forward and backward, {name} / fused": statistics.median(seconds) / fused
-        for name, seconds in timed.items()
-        if name != "fused"
+        **median_ratios(timed, "forward and backward", "fused"),
+        **median_ratios(searched, "step", "first order"),
+        **{f"memory, {kind} / first order": memory[kind] / memory["first order"] for kind in kinds[1:]},
     }
-    ratios |= {
-        f"step, {kind} / first order": statistics.median(searched[kind]) / first
-        for kind in searched
-        if kind != "first order"
-    }
-    ratios |= {f"memory, {kind} / first order": memory[kind] / memory["first order"] for kind in kinds[1:]}
     return {
         "shape": dict(zip(("channels", "cells", "batch"), shape, strict=True)),
         "seconds": {
@@ -248,24 +308,22 @@ def main() -> None:
     """Measure, write the result, and print it as a table."""
     parser = make_parser(__doc__)
     parser.add_argument("--repeats", type=int, default=7, help="forward and backward passes of each kind")
-    parser.add_argument("--rounds", type=int, default=3, help="searches of each kind")
-    parser.add_argument("--steps", type=int, default=3, help="steps of a search, of which the first does not count")
+    parser.add_argument("--steps", type=int, default=8, help="steps of a search, of which the first does not count")
     arguments = parser.parse_args()
     keep_compiled_convolutions()
     be_quiet()
     results = []
     for shape in SHAPES:
-        results.append(measure(shape, arguments.repeats, arguments.rounds, arguments.steps, arguments.device))
+        results.append(measure(shape, arguments.repeats, arguments.steps, arguments.device))
     rows = {"{channels} channels, {cells} cells, batch {batch}".format(**r["shape"]): r["ratios"] for r in results}
     print(table(rows))
     file = save_result(
         "fused_cell",
         {
-            "what": "fused execution of DARTS cells; ratios of medians of seconds, and of MiB",
+            "what": "fused execution of DARTS cells; medians of the ratios of all turns, and ratios of MiB",
             "resolution": RESOLUTION,
             "threads": torch.get_num_threads(),
             "repeats": arguments.repeats,
-            "rounds": arguments.rounds,
             "steps": arguments.steps,
             "results": results,
             "table": rows,

@@ -17,8 +17,8 @@ from nni_cream.runs import read_json
 
 # The scripts, and how many repetitions the time allows.
 SCRIPTS = {
-    "fused_cell": ("--repeats", "4", "--rounds", "2"),
-    "cream_step": ("--repetitions", "7"),
+    "fused_cell": ("--repeats", "4", "--steps", "4"),
+    "cream_step": ("--repetitions", "5"),
     "scaling": ("--repeats", "3"),
     "input_share": (),
 }
