@@ -161,11 +161,11 @@ class LastTwo(Checkpoint):
             write_atomically(self.newest, lambda temporary: self._save(trainer, temporary))
         else:
             # Writes nothing, but takes part in what the first process waits for.
-            trainer.save_checkpoint(self.newest)
+            trainer.save_checkpoint(self.newest, weights_only=False)
         self._written = time.monotonic()
 
     def _save(self, trainer: Any, temporary: Path) -> None:
-        trainer.save_checkpoint(temporary)
+        trainer.save_checkpoint(temporary, weights_only=False)
         if self.newest.exists():
             # Under both names for a moment, so that there is a newest one at any time.
             self.before.unlink(missing_ok=True)

@@ -69,8 +69,8 @@ class TestWriting:
             if moment == "save":
                 save = pl.Trainer.save_checkpoint
 
-                def half(self: Any, path: Path, *rest: Any) -> None:
-                    save(self, path, *rest)
+                def half(self: Any, path: Path, **options: Any) -> None:
+                    save(self, path, **options)
                     path.write_bytes(path.read_bytes()[:100])
                     stop()
 
