@@ -23,7 +23,7 @@ from torch.autograd import forward_ad
 
 from nni_cream.hypergradient import Step, exact, finite_difference, first_order, sgd_step
 from nni_cream.strategies.darts import DartsStrategy
-from nni_cream.supernet.depthwise import DepthwiseConv2d
+from nni_cream.supernet.depthwise import DepthwiseConv2d, PointwiseConv2d
 from nni_cream.supernet.functional import pure_loss
 from search_spaces.darts import DartsSpace
 
@@ -53,9 +53,9 @@ def exact_forward(
 
 
 def with_torch_derivatives(module: nn.Module) -> nn.Module:
-    """Put ``nn.Conv2d`` in place of our depthwise convolutions."""
+    """Put ``nn.Conv2d`` in place of our convolutions."""
     for name, child in list(module.named_children()):
-        if isinstance(child, DepthwiseConv2d):
+        if isinstance(child, DepthwiseConv2d | PointwiseConv2d):
             size: Any = (child.kernel_size, child.stride, child.padding, child.dilation)
             plain = nn.Conv2d(child.in_channels, child.out_channels, *size, groups=child.groups, bias=False)
             plain.weight = child.weight

@@ -5,15 +5,16 @@
 needs a CUDA device, this repository and the installed package (NNI's Python part suffices), and no network. It runs
 
 - ``steps``: those of the paper's setting (16 channels, 8 cells, batch 64, 32×32), NNI's DARTS and ours of every order,
-  recorded as CUDA graphs and not, as seconds a step, images a second, and hours of 50 epochs on half of CIFAR-10;
+  with fused cells and as in the textbook, recorded as CUDA graphs and not, as seconds a step, images a second, and
+  hours of 50 epochs on half of CIFAR-10;
 - ``inside``: one second-order step under torch's profiler: the share of the time in which a kernel runs, and the
   arithmetic and memory traffic of its operators against the card's own ceilings, measured here (a large matrix
   product, a large copy). Traffic is what every operator reads and writes, as if nothing stayed in a cache;
 - ``searches``: both shipped ones on ``mnist5k``, whose images are in a Python package;
 - ``benchmarks``: those of ``run_all.py``.
 
-``--parts steps inside`` runs some of them, and keeps what earlier runs have measured of the others. ``--device cpu
---quick`` runs all but the last at a toy size, to see that they do run, and keeps nothing; else
+``--parts steps inside`` and ``--kinds`` run some of them, and keep what earlier runs have measured of the others.
+``--device cpu --quick`` runs all but the last at a toy size, to see that they do run, and keeps nothing; else
 ``benchmarks/results/on_gpu*.json`` is written, anew after every measurement.
 """
 
@@ -24,7 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -60,18 +61,17 @@ class Kind(NamedTuple):
     memory_format: Any = LAST
     precision: str = "32-true"
     before: int = RECORDED
-    benchmark: bool = True
 
 
 FINITE: Any = "finite_difference"
 KINDS: dict[str, Kind] = {
-    "NNI's DARTS": Kind(STEPS["NNI's DARTS"], CONTIGUOUS, before=1),
     "exact": Kind(DartsStrategy),
-    "exact, cuDNN's first choice": Kind(DartsStrategy, benchmark=False),
+    "NNI's DARTS": Kind(STEPS["NNI's DARTS"], CONTIGUOUS, before=1),
+    "first order": Kind(lambda: DartsStrategy(order="first")),
+    "finite difference": Kind(lambda: DartsStrategy(hypergradient=FINITE)),
+    "exact, textbook": Kind(lambda: DartsStrategy(execution="textbook")),
     "exact, contiguous": Kind(DartsStrategy, CONTIGUOUS),
     "exact, no CUDA graphs": Kind(lambda: DartsStrategy(cuda_graphs=False), before=1),
-    "finite difference": Kind(lambda: DartsStrategy(hypergradient=FINITE)),
-    "first order": Kind(lambda: DartsStrategy(order="first")),
     "exact, bf16-mixed": Kind(DartsStrategy, precision="bf16-mixed"),
 }
 
@@ -139,15 +139,14 @@ def time_kind(name: str, shape: tuple[int, int, int], device: str, *callbacks: C
     """Return how long steps of a kind take that begin when all has been compiled, chosen and recorded."""
     kind = KINDS[name]
     STEPS[name] = kind.strategy
-    torch.backends.cudnn.benchmark = kind.benchmark
     found = search(name, shape, kind.memory_format, kind.before + TIMED, device, kind.precision, callbacks)
     return found[kind.before - 1 :]
 
 
-def steps(shape: tuple[int, int, int], device: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Give the time of a step of every kind, and what follows from it."""
+def steps(names: Sequence[str], shape: tuple[int, int, int], device: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Give the time of a step of some kinds, and what follows from it."""
     batch = shape[2]
-    for name in KINDS:
+    for name in names:
         if device == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
@@ -193,6 +192,11 @@ def inside(shape: tuple[int, int, int], device: str, limits: dict[str, float]) -
     }
 
 
+def judged_hours(timed: dict[str, Any]) -> dict[str, Any]:
+    """Return how long 50 epochs take with steps of every kind, and whether that is within the goal."""
+    return {name: judged(row["hours_of_50_epochs"], ("<=", GOAL_HOURS)) for name, row in timed.items()}
+
+
 def real_search(script: str, recipe: str, device: str, quick: bool) -> dict[str, Any]:
     """Run a shipped search, and return what it found and how long it took."""
     accelerator = "gpu" if device == "cuda" else "cpu"
@@ -223,6 +227,7 @@ def main() -> None:
     parser.set_defaults(device="cuda")
     parser.add_argument("--quick", action="store_true", help="at a toy size")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="of the measurement (default: all)")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=tuple(KINDS), help="of steps (default: all)")
     arguments = parser.parse_args()
     device, quick, parts = arguments.device, arguments.quick, arguments.parts
     if device == "cuda" and not torch.cuda.is_available():
@@ -240,15 +245,14 @@ def main() -> None:
     keep(shape=shape, ceilings=ceilings(device, quick))
     if "steps" in parts:
         timed: dict[str, Any] = {}
-        for name, row in steps(shape, device):
+        for name, row in steps(arguments.kinds, shape, device):
             timed[name] = row
-            keep(steps=timed)
-        hours = {name: judged(row["hours_of_50_epochs"], ("<=", GOAL_HOURS)) for name, row in timed.items()}
-        theirs = timed["NNI's DARTS"]["seconds"]
-        ratios = {f"{name} / NNI's DARTS": judged(row["seconds"] / theirs, None) for name, row in timed.items()}
-        rows = {"hours of 50 epochs": hours, "step": ratios}
+            rows = {"hours of 50 epochs": judged_hours(timed)}
+            if "NNI's DARTS" in timed:
+                theirs = timed["NNI's DARTS"]["seconds"]
+                rows["step"] = {f"{n} / NNI's DARTS": judged(r["seconds"] / theirs, None) for n, r in timed.items()}
+            keep(steps=timed, table=rows)
         print(table(rows), flush=True)
-        keep(table=rows)
     if "inside" in parts:
         within = inside(shape, device, result["ceilings"])
         for name in ("share_of_time_in_kernels", "share_of_float32_ceiling", "share_of_bandwidth_ceiling"):

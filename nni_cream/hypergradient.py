@@ -157,14 +157,15 @@ def finite_difference(
     # Small arrays that were made between large ones, whose memory cannot be given back as long as they are there.
     del slopes, loss, variables
     unrolled = _unroll(moved, learns, valid_loss, alphas, step)
-    norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(v) for v in unrolled.direction]))
+    norm = torch.linalg.vector_norm(torch.stack(list(torch._foreach_norm(unrolled.direction))))
     # Where the validation loss does not depend on the weights there is nothing to differentiate through. Not an if: a
     # GPU would be waited for.
     depends = norm > 0
     epsilon = torch.where(depends, radius / norm, 0)
 
     def at(sign: int) -> tuple[Tensor, ...]:
-        moved = [w.detach() + sign * epsilon * v for w, v in zip(weights, unrolled.direction, strict=True)]
+        along = _times(unrolled.direction, sign * epsilon)
+        moved = torch._foreach_add([weight.detach() for weight in weights], along)
         with _leaves(alphas) as variables:
             return _gradients(train_loss(moved, variables), variables)
 
@@ -199,7 +200,7 @@ def exact(
         implicit: Any = torch.autograd.grad(
             [slope for slope, _ in moving],
             architecture,
-            [-direction for _, direction in moving],
+            torch._foreach_neg([direction for _, direction in moving]),
             allow_unused=True,
             materialize_grads=True,
         )
@@ -221,16 +222,35 @@ class _Unrolled:
 
 def _moved(weights: Sequence[Tensor], slopes: Sequence[Tensor | None], step: Step) -> list[Tensor]:
     """Return w'."""
-    moved = []
-    for weight, slope, how in zip(weights, slopes, step, strict=True):
-        after = weight.detach()
+    moved = [weight.detach() for weight in weights]
+    alike: dict[Any, list[int]] = {}
+    for place, (slope, how) in enumerate(zip(slopes, step, strict=True)):
         # The optimizer leaves alone what has no gradient.
         if slope is not None:
-            after = after - how.scale * slope.detach() - how.decay * after
-            if how.buffer is not None:
-                after = after - how.drift * how.buffer
-        moved.append(after)
+            kind = (how.scale, how.decay, how.drift, how.buffer is None, slope.dtype)
+            alike.setdefault(kind, []).append(place)
+    # Together: a GPU takes longer to begin with a small tensor than to be done with it.
+    for (scale, decay, drift, is_fresh, _), places in alike.items():
+        before = [moved[place] for place in places]
+        after = torch._foreach_sub(before, _times([_given(slopes[place]).detach() for place in places], scale))
+        torch._foreach_sub_(after, _times(before, decay))
+        if not is_fresh:
+            torch._foreach_sub_(after, _times([_given(step[place].buffer) for place in places], drift))
+        for place, weight in zip(places, after, strict=True):
+            moved[place] = weight
     return moved
+
+
+def _given(tensor: Tensor | None) -> Tensor:
+    assert tensor is not None
+    return tensor
+
+
+def _times(tensors: Sequence[Tensor], factor: float | Tensor) -> list[Tensor]:
+    if isinstance(factor, Tensor):
+        # A tensor of one number counts as a number only in the same precision.
+        return list(torch._foreach_mul(list(tensors), factor.to(tensors[0].dtype)))
+    return list(torch._foreach_mul(list(tensors), factor))
 
 
 def _unroll(
@@ -241,10 +261,14 @@ def _unroll(
         gradients = _gradients(loss, [*variables, *architecture])
     by_weights, direct = gradients[: len(moved)], gradients[len(moved) :]
     # A weight that no step has moved does not depend on α.
-    direction = tuple(
-        how.scale * v if moves else torch.zeros_like(v) for v, moves, how in zip(by_weights, learns, step, strict=True)
-    )
-    return _Unrolled(direct, direction, loss.detach())
+    direction = [v if moves else torch.zeros_like(v) for v, moves in zip(by_weights, learns, strict=True)]
+    alike: dict[Any, list[int]] = {}
+    for place, how in enumerate(step):
+        alike.setdefault((how.scale, direction[place].dtype), []).append(place)
+    for (scale, _), places in alike.items():
+        for place, scaled in zip(places, _times([direction[place] for place in places], scale), strict=True):
+            direction[place] = scaled
+    return _Unrolled(direct, tuple(direction), loss.detach())
 
 
 @contextmanager

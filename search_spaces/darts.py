@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from nni_cream.genotype import CELL_INPUTS, KEPT_EDGES, CellKind, Genotype, edge_label, edges_of, inputs_label
 from nni_cream.models.darts import check_space
 from nni_cream.models.darts_operations import PAPER_OPERATIONS, FactorizedReduce, ReLUConvBN, build_candidate
+from nni_cream.supernet.depthwise import with_explicit_derivatives
 from nni_cream.supernet.fused_cell import FusedCell
 from nni_cream.supernet.mixed import ALPHAS
 from nni_cream.supernet.mixed_cell import DiscreteCell, MixedCell, discrete_cell
@@ -54,8 +55,8 @@ class DartsCell(MutableModule):
         self.concat = concat
         self.operations = tuple(operations)
         bring = FactorizedReduce if after_reduction else ReLUConvBN
-        self.preprocess0 = bring(in_channels[0], channels, affine=False)
-        self.preprocess1 = ReLUConvBN(in_channels[1], channels, affine=False)
+        self.preprocess0 = with_explicit_derivatives(bring(in_channels[0], channels, affine=False))
+        self.preprocess1 = with_explicit_derivatives(ReLUConvBN(in_channels[1], channels, affine=False))
         self.edges = nn.ModuleList()
         for node, state in edges_of(nodes):
             stride = 2 if kind == "reduce" and state < CELL_INPUTS else 1

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from nni_cream.errors import UserError
-from nni_cream.models.operations import DilConv, defined_again
+from nni_cream.models.operations import AveragePool, DilConv, defined_again
 from nni_cream.supernet.depthwise import with_explicit_derivatives
 
 # What builds an operation, of (channels, stride, affine).
@@ -129,7 +129,7 @@ def _pool(kind: str) -> Builder:
     def build(_channels: int, stride: int, _affine: bool) -> nn.Module:
         if kind == "max":
             return nn.MaxPool2d(3, stride, padding=1)
-        return nn.AvgPool2d(3, stride, padding=1, count_include_pad=False)
+        return AveragePool(3, stride, padding=1, count_include_pad=False)
 
     return build
 

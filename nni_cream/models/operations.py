@@ -7,6 +7,18 @@ from typing import Any
 from torch import Tensor, nn
 
 
+class AveragePool(nn.AvgPool2d):
+    """An average pool, [N, C, H, W] to [N, C, H', W'], whose gradient is right on every device.
+
+    With padding and channels last, torch's own on CUDA gives wrong gradients, without a word, in releases up to the
+    middle of 2026 (pytorch/pytorch#188344).
+    """
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Average."""
+        return super().forward(features if features.device.type == "cpu" else features.contiguous())
+
+
 class DilConv(nn.Module):
     """ReLU, depthwise convolution with dilation 2, pointwise convolution, batch norm: ``dil_conv`` of DARTS.
 

@@ -37,6 +37,7 @@ from nni_cream.supernet.alphas import Alphas
 from nni_cream.supernet.expected_cost import ExpectedCost
 from nni_cream.supernet.functional import has_tied_parameters, pure_loss
 from nni_cream.supernet.mixed_cell import MixedCell
+from nni_cream.tf32 import without_tf32
 from nni_cream.training import loss_scale
 
 Batch = tuple[Tensor, Tensor]
@@ -226,6 +227,7 @@ class DartsLightningModule(BaseOneShotLightningModule):
         state = self._weight_optimizer().state
         yield from (state.get(weight, {}).get("momentum_buffer") for weight in self._weights)
 
+    @without_tf32()
     def training_step(self, batch: dict[str, Batch], batch_idx: int) -> Tensor | None:
         """Move α by a validation batch, then the weights by a training batch (algorithm 1)."""
         images, targets = batch[TRAIN]
@@ -295,6 +297,7 @@ class DartsLightningModule(BaseOneShotLightningModule):
         gradients = torch.autograd.grad(loss, self._weights, allow_unused=True)
         return logits.detach(), loss.detach(), *gradients
 
+    @without_tf32()
     def hypergradient(self, training: Batch, validation: Batch) -> Hypergradient:
         """Return the gradient of the validation loss in α, of the kind that the settings ask for.
 
@@ -445,6 +448,7 @@ class DartsLightningModule(BaseOneShotLightningModule):
                 found.setdefault(module.kind, module)
         return found
 
+    @without_tf32()
     def _dominant_eigenvalue(self, batch: Batch) -> float:
         loss = self.pure_loss(batch)
         return dominant_eigenvalue(lambda alphas: loss(self._weights, alphas), list(self.alphas.parameters()))

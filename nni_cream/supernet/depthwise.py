@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nni_cream.differentiation import leaves_out_weights
+from nni_cream.supernet.kernels import kernels_for
 
 Pair = tuple[int, int]
 
@@ -33,20 +34,35 @@ class Geometry(NamedTuple):
 
 
 def _convolve(features: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
+    if kernels := _kernels_for(features, weight, geometry):
+        steps = zip(geometry.input_size, *geometry[:3], geometry.kernel_size, strict=True)
+        output = [(full + 2 * p - d * (k - 1) - 1) // s + 1 for full, s, p, d, k in steps]
+        result: Tensor = kernels.convolve(features, weight, output, *geometry[:3], False)
+        return result
     return F.conv2d(
         features, weight, None, geometry.stride, geometry.padding, geometry.dilation, groups=weight.shape[0]
     )
 
 
+def _kernels_for(features: Tensor, other: Tensor, geometry: Geometry) -> Any:
+    # Measured on a GPU: torch's kernels are good where they are not dilated.
+    return kernels_for(features, other) if geometry.dilation != (1, 1) else None
+
+
 def _input_gradient(grad: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
     stride, padding, dilation, size, kernel = geometry
-    if grad.device.type != "cpu":
-        features = grad.new_empty(len(grad), len(weight), *size)
-        return _torch_gradient(grad, features, weight, geometry, 0)
+    if kernels := _kernels_for(grad, weight, geometry):
+        result: Tensor = kernels.convolve(grad, weight, size, stride, padding, dilation, True)
+        return result
     reach = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
     if stride == (1, 1) and all(r >= p for r, p in zip(reach, padding, strict=True)):
         margin = [r - p for r, p in zip(reach, padding, strict=True)]
         return F.conv2d(grad, weight.flip(2, 3), None, 1, margin, dilation, groups=len(weight))
+    if grad.device.type != "cpu":
+        features = grad.new_empty(len(grad), len(weight), *size)
+        if _is_channels_last(grad):
+            features = features.to(memory_format=torch.channels_last)
+        return _torch_gradient(grad, features, weight, geometry, 0)
     # What the strides of the convolution left over at the end of the input.
     rest = [
         full - (s * (out - 1) + r + 1 - 2 * p)
@@ -58,6 +74,9 @@ def _input_gradient(grad: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
 def _weight_gradient(features: Tensor, grad: Tensor, geometry: Geometry) -> Tensor:
     stride, padding, dilation, size, kernel = geometry
     images, channels = features.shape[:2]
+    if kernels := _kernels_for(features, grad, geometry):
+        result: Tensor = kernels.weight_gradient(features, grad, kernel, stride, padding, dilation)
+        return result
     # Measured on CPUs: nothing is gained for a plain 3×3. Other devices have kernels of their own.
     if features.device.type != "cpu" or (kernel == (_STRIP, _STRIP) and dilation == (1, 1)):
         weight = features.new_empty(channels, 1, *kernel)
@@ -130,19 +149,12 @@ def _between(features: Tensor, dilation: Pair) -> Tensor:
 
 
 def _torch_gradient(grad: Tensor, features: Tensor, weight: Tensor, geometry: Geometry, which: int) -> Tensor:
-    gradient = _torch_gradients(grad, features, weight, geometry, (which == 0, which == 1))[which]
-    assert gradient is not None
-    return gradient
-
-
-def _torch_gradients(
-    grad: Tensor, features: Tensor, weight: Tensor, geometry: Geometry, needed: tuple[bool, bool]
-) -> tuple[Tensor | None, Tensor | None]:
     stride, padding, dilation = geometry[:3]
-    by_input, by_weight, _ = torch.ops.aten.convolution_backward.default(
-        grad, features, weight, None, stride, padding, dilation, False, (0, 0), len(weight), (*needed, False)
+    needed = (which == 0, which == 1, False)
+    gradients: tuple[Tensor, ...] = torch.ops.aten.convolution_backward.default(
+        grad, features, weight, None, stride, padding, dilation, False, (0, 0), len(weight), needed
     )
-    return by_input, by_weight
+    return gradients[which]
 
 
 class _Form(torch.autograd.Function):
@@ -189,9 +201,6 @@ class _Convolve(_Form):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         features, weight = ctx.saved_tensors
         needs = ctx.needs_input_grad
-        if features.device.type != "cpu" and not torch.is_grad_enabled():
-            # As torch does it.
-            return *_torch_gradients(grad, features, weight, ctx.geometry, (needs[0], needs[1])), None
         return (
             _differentiable(_InputGradient, grad, weight, ctx.geometry) if needs[0] else None,
             _differentiable(_WeightGradient, features, grad, ctx.geometry) if _wants_weight(needs) else None,
@@ -298,10 +307,37 @@ class DepthwiseConv2d(nn.Conv2d):
         return convolve(features, self.weight, *pairs)
 
 
-def with_explicit_derivatives(module: nn.Module) -> nn.Module:
-    """Replace the depthwise convolutions in ``module`` by :class:`DepthwiseConv2d`, in place; their weights stay.
+class PointwiseConv2d(nn.Conv2d):
+    """A 1×1 convolution without bias, [N, in, H, W] to [N, out, H', W']: on a GPU a product of matrices.
 
-    One with a bias, a rectangular kernel, or padding other than a number of zeros is left as it is.
+    All derivatives of a product are products. The second derivative of a convolution has torch convolve images with
+    images, which took a quarter of a second-order step on a GPU.
+
+    Args:
+        in_channels: number of input channels.
+        out_channels: number of output channels.
+        stride: of the convolution.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int = 1) -> None:
+        super().__init__(in_channels, out_channels, 1, stride, bias=False)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Convolve."""
+        return self.as_product(features) if features.is_cuda else super().forward(features)
+
+    def as_product(self, features: Tensor) -> Tensor:
+        """Convolve by a product of matrices."""
+        down, right = self.stride
+        pixels = features[:, :, ::down, ::right].permute(0, 2, 3, 1)
+        return F.linear(pixels, self.weight.flatten(1)).permute(0, 3, 1, 2)
+
+
+def with_explicit_derivatives(module: nn.Module) -> nn.Module:
+    """Replace convolutions whose derivatives torch computes slowly, in place; their weights stay.
+
+    Depthwise ones become :class:`DepthwiseConv2d`, and 1×1 ones :class:`PointwiseConv2d`. One with a bias, a
+    rectangular kernel, or padding other than a number of zeros is left as it is.
     """
     for name, child in list(module.named_children()):
         if type(child) is nn.Conv2d and _is_plain_depthwise(child):
@@ -312,6 +348,12 @@ def with_explicit_derivatives(module: nn.Module) -> nn.Module:
             )
             depthwise.weight = child.weight
             setattr(module, name, depthwise)
+        elif type(child) is nn.Conv2d and _is_plain_pointwise(child):
+            # Without numbers of its own, which would change those that are drawn next.
+            with torch.device("meta"):
+                pointwise = PointwiseConv2d(child.in_channels, child.out_channels, child.stride[0])
+            pointwise.weight = child.weight
+            setattr(module, name, pointwise)
         else:
             with_explicit_derivatives(child)
     return module
@@ -324,4 +366,14 @@ def _is_plain_depthwise(layer: nn.Conv2d) -> bool:
         and layer.bias is None
         and layer.padding_mode == "zeros"
         and all(not isinstance(pair, str) and pair[0] == pair[1] for pair in pairs)
+    )
+
+
+def _is_plain_pointwise(layer: nn.Conv2d) -> bool:
+    return (
+        layer.kernel_size == (1, 1)
+        and layer.padding == (0, 0)
+        and layer.groups == 1
+        and layer.bias is None
+        and layer.stride[0] == layer.stride[1]
     )

@@ -24,9 +24,10 @@ from torch import Tensor, nn
 
 from nni_cream.genotype import CELL_INPUTS, edges_of
 from nni_cream.models.darts_operations import FactorizedReduce, SepConv, Zero
-from nni_cream.models.operations import DilConv
+from nni_cream.models.operations import AveragePool, DilConv
 from nni_cream.supernet.copies import concatenated, repeated
-from nni_cream.supernet.depthwise import DepthwiseConv2d, convolve
+from nni_cream.supernet.depthwise import DepthwiseConv2d, PointwiseConv2d, convolve
+from nni_cream.supernet.kernels import are_there_kernels_for
 from nni_cream.supernet.mixed import MixingWeights
 from nni_cream.supernet.mixed_cell import MixedCell
 from nni_cream.supernet.norm_statistics import RunningStatistics, Statistics
@@ -36,8 +37,8 @@ from nni_cream.supernet.stages import activated, added
 # Bytes of an array that holds what two states send to every node; above, it is more than caches hold, and each state
 # goes by itself. Measured on CPUs.
 _LARGEST: Final = 6_000_000
-_POOLS: Final = (nn.MaxPool2d, nn.AvgPool2d)
-_LAYERS_OF_A_STAGE: Final = (nn.ReLU, DepthwiseConv2d, nn.Conv2d, nn.BatchNorm2d)
+_POOLS: Final = (nn.MaxPool2d, nn.AvgPool2d, AveragePool)
+_LAYERS_OF_A_STAGE: Final = (nn.ReLU, DepthwiseConv2d, PointwiseConv2d, nn.BatchNorm2d)
 
 
 class Stage(NamedTuple):
@@ -88,8 +89,8 @@ class FusedCell(MixedCell):
 
     Parameters and buffers stay where they are in a :class:`MixedCell`, but the modules of the operations are not
     called, so hooks on them do not run. An operation that is none of the paper's runs as it is, and the whole cell runs
-    as a :class:`MixedCell` on a GPU, under autocast, when its batch norms are not all in one mode, and when a batch has
-    a single value a channel or a size that a reduction refuses.
+    as a :class:`MixedCell` on a GPU without Triton, under autocast, when its batch norms are not all in one mode, and
+    when a batch has a single value a channel or a size that a reduction refuses.
 
     Args:
         cell: as of :class:`MixedCell`.
@@ -167,8 +168,8 @@ class FusedCell(MixedCell):
         return departure
 
     def _can_run_fused(self, last: Tensor) -> bool:
-        # On a GPU this way has not been shown to have the textbook's gradients (docs/performance.md).
-        if last.device.type != "cpu":
+        # Without kernels of its own it is slower on a GPU than the textbook.
+        if last.device.type != "cpu" and not are_there_kernels_for(last):
             return False
         shrink = 2 if self.kind == "reduce" else 1
         images, _, height, width = last.shape
@@ -205,7 +206,8 @@ def _depart(departure: Departure, state: Tensor, mixing: Tensor, statistics: Any
     """
     nodes, stride = departure.nodes, departure.stride
     channels = state.shape[1] // departure.states
-    if departure.alone and nodes * state.numel() * state.element_size() > _LARGEST:
+    large = state.device.type == "cpu" and nodes * state.numel() * state.element_size() > _LARGEST
+    if departure.alone and large:
         for position, (part, single) in enumerate(zip(state.split(channels, dim=1), departure.alone, strict=True)):
             before = _depart(single, part, mixing[:, position :: departure.states], statistics, before)
         assert before is not None

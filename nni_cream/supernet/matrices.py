@@ -10,6 +10,8 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from nni_cream.supernet.kernels import kernels_for
+
 # Products of narrower groups cost more than the zeros that join them; measured on CPUs.
 _NARROWEST: Final = 16
 
@@ -59,6 +61,9 @@ def add_product(matrix: Tensor, weight: Tensor, total: Tensor | None = None) -> 
 
 def cross_product(first: Tensor, second: Tensor, groups: int) -> Tensor:
     """Return firstᵀ·second, group by group: [groups, columns of first, columns of second]."""
+    if kernels := kernels_for(first, second):
+        product: Tensor = kernels.cross_product(first, second, groups)
+        return product
     if groups == 1:
         return torch.mm(first.t(), second)[None]
     return torch.bmm(_grouped(first, groups).transpose(1, 2), _grouped(second, groups))
@@ -69,3 +74,19 @@ def begin_sum(bias: Tensor | None, before: Tensor | None, rows: int) -> Tensor |
     if bias is None:
         return None if before is None else before.clone(memory_format=torch.contiguous_format)
     return bias.expand(rows, -1).contiguous() if before is None else (before + bias).contiguous()
+
+
+def column_sums(matrix: Tensor) -> Tensor:
+    """Return the sum of the rows, [C]."""
+    if kernels := kernels_for(matrix):
+        sums: Tensor = kernels.column_sums(matrix, False)
+        return sums[0]
+    return matrix.sum(0)
+
+
+def column_sums_and_squares(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the sum of the rows, and that of their squares, [C] each."""
+    if kernels := kernels_for(matrix):
+        sums, squares = kernels.column_sums(matrix, True).unbind()
+        return sums, squares
+    return matrix.sum(0), (matrix * matrix).sum(0)

@@ -14,7 +14,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from nni_cream.supernet.matrices import add_product, begin_sum, block_count, cross_product, diagonal_blocks
+from nni_cream.supernet.matrices import (
+    add_product,
+    begin_sum,
+    block_count,
+    column_sums,
+    column_sums_and_squares,
+    cross_product,
+    diagonal_blocks,
+)
 from nni_cream.supernet.synchronised import averages
 
 
@@ -50,7 +58,7 @@ class _Products(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad = grad.contiguous()
         needs = ctx.needs_input_grad
-        gradients: list[Tensor | None] = [grad.sum(0) if needs[0] else None, grad if needs[1] else None]
+        gradients: list[Tensor | None] = [column_sums(grad) if needs[0] else None, grad if needs[1] else None]
         pairs = ctx.saved_tensors
         for position, (matrix, weight) in enumerate(zip(pairs[::2], pairs[1::2], strict=True)):
             by_matrix, by_weight = needs[2 + 2 * position : 4 + 2 * position]
@@ -107,7 +115,7 @@ class _Moments(torch.autograd.Function):
         ctx.save_for_backward(matrix)
         ctx.save_for_forward(matrix)
         ctx.groups = groups
-        return matrix.view_as(matrix), matrix.sum(0), cross_product(matrix, matrix, groups)
+        return matrix.view_as(matrix), column_sums(matrix), cross_product(matrix, matrix, groups)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, by_sum: Tensor, by_square: Tensor) -> tuple[Tensor | None, None]:
@@ -133,7 +141,7 @@ class _Spread(torch.autograd.Function):
     def forward(ctx: Any, matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         ctx.save_for_backward(matrix)
         ctx.save_for_forward(matrix)
-        return matrix.view_as(matrix), matrix.sum(0), (matrix * matrix).sum(0)
+        return matrix.view_as(matrix), *column_sums_and_squares(matrix)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, by_sum: Tensor, by_square: Tensor) -> Tensor:

@@ -16,7 +16,15 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from nni_cream.supernet.matrices import add_product, begin_sum, block_count, cross_product, diagonal_blocks, joined
+from nni_cream.supernet.matrices import (
+    add_product,
+    begin_sum,
+    block_count,
+    column_sums,
+    cross_product,
+    diagonal_blocks,
+    joined,
+)
 from nni_cream.supernet.pointwise import Norm, norm, norm_gradients
 
 
@@ -93,7 +101,7 @@ class _End(torch.autograd.Function):
         matrices, others = tensors[:kinds], tensors[kinds:]
         rows, channels = matrices[0].shape[0], weight.shape[2]
         blocks = block_count(edges, channels)
-        mean = torch.cat([matrix.sum(0) for matrix in matrices]).view(-1, channels).div_(rows)
+        mean = torch.cat([column_sums(matrix) for matrix in matrices]).view(-1, channels).div_(rows)
         squares = torch.cat([cross_product(matrix, matrix, blocks) for matrix in matrices])
         covariance = (
             diagonal_blocks(squares, len(mean)).div(rows).baddbmm_(mean[:, :, None], mean[:, None, :], alpha=-1)
@@ -181,7 +189,7 @@ class _EndGradient(torch.autograd.Function):
             crossed = diagonal_blocks(cross_product(along, output, len(part)), ending.groups)
             of_folded.append(crossed.reshape(none.shape))
             of_square.append(diagonal_blocks(cross_product(matrix, along, blocks), edges))
-            of_sums.append(along.sum(0).view(edges, channels))
+            of_sums.append(column_sums(along).view(edges, channels))
         small = _second_gradients(
             ending,
             kept,
@@ -259,7 +267,7 @@ def _first_gradients(
     kinds, edges, nodes, _ = ending
     matrices, rows, channels = inputs[:kinds], inputs[0].shape[0], weight.shape[2]
     of_weight, of_mixing, of_bias, _, *of_inputs = kept.needs
-    totals = [output.sum(0) for output in outputs]
+    totals = [column_sums(output) for output in outputs]
     if nodes is None:
         by_offset = torch.cat(totals).view(kinds * edges, -1)
     else:

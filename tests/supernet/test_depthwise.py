@@ -12,7 +12,7 @@ from torch.autograd import gradcheck, gradgradcheck
 
 from nni_cream.differentiation import without_weights
 from nni_cream.models.darts_operations import build_operation
-from nni_cream.supernet.depthwise import DepthwiseConv2d, with_explicit_derivatives
+from nni_cream.supernet.depthwise import DepthwiseConv2d, PointwiseConv2d, with_explicit_derivatives
 
 
 class Case(NamedTuple):
@@ -173,8 +173,31 @@ def test_on_another_device_torchs_own_gradients(asked: str) -> None:
     assert [gradient.shape for gradient in found] == [variable.shape for variable in needed]
 
 
+@pytest.mark.parametrize("stride", [1, 2])
+def test_a_pointwise_convolution_as_a_product(stride: int) -> None:
+    torch.manual_seed(0)
+    ours = PointwiseConv2d(5, 7, stride).double()
+    theirs = nn.Conv2d(5, 7, 1, stride, bias=False).double()
+    theirs.load_state_dict(ours.state_dict())
+    features = images(LARGE, channels=5).to(memory_format=torch.channels_last)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PointwiseConv2d, "forward", PointwiseConv2d.as_product)
+        found = second_order(ours, features)
+    assert found[0].is_contiguous(memory_format=torch.channels_last)
+    for a, b in zip(found, second_order(theirs, features), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+def test_making_a_pointwise_convolution_draws_no_random_numbers() -> None:
+    network = nn.Sequential(nn.Conv2d(4, 6, 1, bias=False))
+    before = torch.get_rng_state()
+    with_explicit_derivatives(network)
+    assert type(network[0]) is PointwiseConv2d
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 class TestReplacement:
-    def test_all_depthwise_convolutions_and_no_others(self) -> None:
+    def test_depthwise_and_pointwise_convolutions_and_no_others(self) -> None:
         class Mine(nn.Conv2d):
             pass
 
@@ -200,13 +223,23 @@ class TestReplacement:
                 nn.Conv2d(4, 4, 3, padding=2, dilation=(1, 2), groups=4, bias=False),
                 nn.Conv2d(4, 4, 3, padding="same", groups=4, bias=False),
                 nn.Conv2d(4, 4, 3, padding=1, groups=4, bias=False, padding_mode="circular"),
+                nn.Conv2d(4, 6, 1, 2, bias=False),
+                nn.Conv2d(6, 4, 1),
+                nn.Conv2d(4, 4, 1, padding=1, bias=False),
+                nn.Conv2d(4, 4, 1, (1, 2), bias=False),
+                nn.Conv2d(4, 4, 1, groups=2, bias=False),
             ).double()
 
         before, network = build(), build()
         parameters = dict(network.named_parameters())
         assert with_explicit_derivatives(network) is network
-        replaced = [name for name, module in network.named_modules() if isinstance(module, DepthwiseConv2d)]
-        assert replaced == ["0", "3.0"]
+        kinds: list[Any] = [DepthwiseConv2d, PointwiseConv2d]
+        depthwise, pointwise = (
+            [name for name, module in network.named_modules() if isinstance(module, kind)] for kind in kinds
+        )
+        assert depthwise == ["0", "3.0"]
+        assert pointwise == ["2", "3.3", "3.5", "12"]
+        replaced = depthwise + pointwise
         for (name, module), (_, old) in zip(network.named_modules(), before.named_modules(), strict=True):
             assert name in replaced or type(module) is type(old)
         # The very parameters, under the names that they had.
@@ -214,7 +247,7 @@ class TestReplacement:
         assert list(after) == list(parameters)
         assert all(after[name] is parameters[name] for name in after)
         assert list(network.state_dict()) == list(before.state_dict())
-        x = torch.randn(2, 4, 12, 12, dtype=torch.float64)
+        x = torch.randn(2, 4, 24, 24, dtype=torch.float64)
         torch.testing.assert_close(network(x), before(x))
 
     @pytest.mark.parametrize("stride", [1, 2])

@@ -1,0 +1,127 @@
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from nni_cream.supernet import kernels
+from nni_cream.supernet.kernels import are_there_kernels_for, kernels_for
+
+# Where `make` puts Triton. Beside torch for CPUs it has a folder of its own, since torch's compiler imports one that it
+# finds, in every process.
+TRITON = Path(sys.prefix) / "triton"
+
+
+@pytest.mark.slow
+def test_kernels(repository: Path) -> None:
+    if not TRITON.exists() and importlib.util.find_spec("triton") is None:
+        pytest.skip(f"needs Triton, which `make {Path(sys.prefix).name}/installed-dev` puts into {TRITON}")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TRITON), str(repository)])}
+    if not torch.cuda.is_available():
+        environment["TRITON_INTERPRET"] = "1"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/supernet/kernels_on_device.py"]
+    done = subprocess.run(command, cwd=repository, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-4000:]
+    passed = re.search(r"(\d+) passed", done.stdout)
+    assert passed is not None
+    assert int(passed[1]) > 40
+
+
+def test_a_cpu_has_none() -> None:
+    features = torch.ones(2, 3)
+    assert kernels_for(features) is None
+    assert not are_there_kernels_for(features)
+
+
+class Broken:
+    @staticmethod
+    def run_one() -> None:
+        raise RuntimeError("Failed to find C compiler.\nand more")
+
+
+class Working:
+    @staticmethod
+    def run_one() -> None:
+        pass
+
+
+class OnAGPU:
+    """What is asked of a tensor."""
+
+    is_cuda, dtype, requires_grad = True, torch.float32, False
+
+    def numel(self) -> int:
+        return 6
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Any], Any]]:
+    """Asks for kernels where importing them gives or raises something."""
+    features: Any = OnAGPU()
+
+    def ask(found: Any) -> Any:
+        def import_module(name: str) -> Any:
+            if isinstance(found, Exception):
+                raise found
+            return found
+
+        monkeypatch.setattr(kernels.importlib, "import_module", import_module)
+        kernels._kernels.cache_clear()
+        given = kernels_for(features)
+        assert are_there_kernels_for(features) == (given is not None)
+        return given
+
+    yield ask
+    kernels._kernels.cache_clear()
+
+
+def test_without_triton_there_are_none(asked: Callable[[Any], Any], capsys: pytest.CaptureFixture[str]) -> None:
+    assert asked(ImportError("No module named 'triton'")) is None
+    assert capsys.readouterr().err == ""
+
+
+def test_a_triton_that_cannot_compile_is_told_once(
+    asked: Callable[[Any], Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert asked(Broken) is None
+    assert capsys.readouterr().err.splitlines() == [
+        "Cells of DARTS run as in the textbook, which is slower: Triton failed with Failed to find C compiler."
+    ]
+
+
+def test_they_are_for_what_is_not_differentiated(asked: Callable[[Any], Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert asked(Working) is Working
+    monkeypatch.setattr(OnAGPU, "requires_grad", True)
+    features: Any = OnAGPU()
+    assert kernels_for(features) is None
+    with torch.no_grad():
+        assert kernels_for(features) is Working
+    assert are_there_kernels_for(features)
+
+
+@pytest.mark.parametrize(
+    ("what", "value"), [("is_cuda", False), ("dtype", torch.int64), ("numel", lambda _: 2**31)], ids=str
+)
+def test_they_are_not_for_everything(
+    what: str, value: Any, asked: Callable[[Any], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert asked(Working) is Working
+    monkeypatch.setattr(OnAGPU, what, value)
+    features: Any = OnAGPU()
+    assert kernels_for(features) is None
+
+
+def test_fused_cells_are_of_whole_precision(asked: Callable[[Any], Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert asked(Working) is Working
+    monkeypatch.setattr(OnAGPU, "dtype", torch.bfloat16)
+    features: Any = OnAGPU()
+    assert kernels_for(features) is Working
+    assert not are_there_kernels_for(features)
