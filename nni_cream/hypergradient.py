@@ -87,9 +87,11 @@ def sgd_step(
             raise UserError("The unrolled step knows neither dampening nor maximize; leave them out of the optimizer.")
         lr, momentum, weight_decay = _numbers_of(group) if numbers is None else numbers[position].unbind()
         scale, drift = (lr * (1 + momentum), lr * momentum**2) if group["nesterov"] else (lr, lr * momentum)
+        # Once for all parameters, which are recognised by it as those that move alike.
+        decay = scale * weight_decay
         for parameter in group["params"]:
             buffer = optimizer.state.get(parameter, {}).get("momentum_buffer")
-            steps[parameter] = ParameterStep(scale, scale * weight_decay, drift, buffer)
+            steps[parameter] = ParameterStep(scale, decay, drift, buffer)
     # What the optimizer does not know stays where it is.
     return [steps.get(weight, ParameterStep(0.0, 0.0, 0.0, None)) for weight in weights]
 

@@ -310,8 +310,8 @@ class DepthwiseConv2d(nn.Conv2d):
 class PointwiseConv2d(nn.Conv2d):
     """A 1×1 convolution without bias, [N, in, H, W] to [N, out, H', W']: on a GPU a product of matrices.
 
-    All derivatives of a product are products. The second derivative of a convolution has torch convolve images with
-    images, which took a quarter of a second-order step on a GPU.
+    All derivatives of a product are products. For the second derivative of a convolution, torch convolves images with
+    images, which is slow.
 
     Args:
         in_channels: number of input channels.

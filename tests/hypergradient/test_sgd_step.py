@@ -9,10 +9,24 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from nni_cream.errors import UserError
-from nni_cream.hypergradient import Hypergradient, ParameterStep, sgd_numbers, sgd_step
+from nni_cream.hypergradient import Hypergradient, ParameterStep, _moved, sgd_numbers, sgd_step
 from tests.hypergradient.losses import SECOND_ORDER, Quadratic, assert_close, random
+
+
+class Operations(TorchDispatchMode):
+    """Notes what is computed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not func.is_view:
+            self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
 
 
 class TestSgdStep:
@@ -54,6 +68,26 @@ class TestSgdStep:
         optimizer.step()
         assert_close([weight.detach() for weight in weights], expected, 1e-14)
         assert [how.buffer is None for how in steps] == [not (momentum and steps_before)] * 3
+
+    @pytest.mark.parametrize("recorded", [False, True])
+    def test_all_weights_move_together(self, recorded: bool) -> None:
+        """A GPU takes longer to begin with each than to be done with it."""
+
+        def operations(number: int) -> list[str]:
+            weights = [nn.Parameter(random(5, seed=k)) for k in range(number)]
+            groups = [{"params": weights[::2]}, {"params": weights[1::2], "lr": 0.1}]
+            optimizer = torch.optim.SGD(groups, 0.2, momentum=0.9, weight_decay=0.1)
+            for weight in weights:
+                weight.grad = random(5, seed=1)
+            optimizer.step()
+            numbers = sgd_numbers(optimizer, torch.device("cpu")) if recorded else None
+            slopes = [random(5, seed=2)] * number
+            with Operations() as mode:
+                _moved(weights, slopes, sgd_step(optimizer, weights, numbers))
+            return mode.names
+
+        assert operations(4) == operations(40)
+        assert sum(name.startswith("_foreach") for name in operations(4)) == 2 * 6
 
     def test_follows_the_schedule(self) -> None:
         weight = nn.Parameter(torch.ones(2))

@@ -108,7 +108,9 @@ def test_they_are_for_what_is_not_differentiated(asked: Callable[[Any], Any], mo
 
 
 @pytest.mark.parametrize(
-    ("what", "value"), [("is_cuda", False), ("dtype", torch.int64), ("numel", lambda _: 2**31)], ids=str
+    ("what", "value"),
+    [("is_cuda", False), ("dtype", torch.int64), ("numel", lambda _: 2**31)],
+    ids=["not on a GPU", "whole numbers", "too many"],
 )
 def test_they_are_not_for_everything(
     what: str, value: Any, asked: Callable[[Any], Any], monkeypatch: pytest.MonkeyPatch
