@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from nni_cream.data import load_data
 from nni_cream.hypergradient import Hypergradient, exact, finite_difference, first_order, sgd_step
+from nni_cream.models.operations import AveragePool
 from nni_cream.strategies.darts import DartsStrategy
 from nni_cream.supernet.functional import pure_loss
 from search_spaces.darts import DartsSpace
@@ -103,7 +104,7 @@ def make_smooth(network: nn.Module) -> None:
             if isinstance(child, nn.ReLU):
                 setattr(module, name, nn.Softplus())
             elif isinstance(child, nn.MaxPool2d):
-                setattr(module, name, nn.AvgPool2d(3, child.stride, 1, count_include_pad=False))
+                setattr(module, name, AveragePool(3, child.stride, 1, count_include_pad=False))
 
 
 def flat(tensors: Sequence[Tensor]) -> Tensor:

@@ -229,6 +229,10 @@ def build_operation(name: str, channels: int, stride: int, *, affine: bool) -> n
             "file that --import names."
         )
     operation: nn.Module = _BUILDERS[name](channels, stride, affine)
+    for module in operation.modules():
+        # Of a registered operation. In its place, so that whatever else was made of the module goes on to hold.
+        if type(module) is nn.AvgPool2d:
+            module.__class__ = AveragePool
     return operation
 
 

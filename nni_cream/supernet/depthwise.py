@@ -8,6 +8,7 @@ that gains.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, Final, NamedTuple
 
@@ -16,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nni_cream.differentiation import leaves_out_weights
-from nni_cream.supernet.kernels import kernels_for
+from nni_cream.supernet.kernels import LARGEST, kernels_for
 
 Pair = tuple[int, int]
 
@@ -46,7 +47,9 @@ def _convolve(features: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
 
 def _kernels_for(features: Tensor, other: Tensor, geometry: Geometry) -> Any:
     # Measured on a GPU: torch's kernels are good where they are not dilated.
-    return kernels_for(features, other) if geometry.dilation != (1, 1) else None
+    if geometry.dilation == (1, 1) or math.prod((*features.shape[:2], *geometry.input_size)) > LARGEST:
+        return None
+    return kernels_for(features, other)
 
 
 def _input_gradient(grad: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:

@@ -37,7 +37,7 @@ from nni_cream.supernet.stages import activated, added
 # Bytes of an array that holds what two states send to every node; above, it is more than caches hold, and each state
 # goes by itself. Measured on CPUs.
 _LARGEST: Final = 6_000_000
-_POOLS: Final = (nn.MaxPool2d, nn.AvgPool2d, AveragePool)
+_POOLS: Final = (nn.MaxPool2d, AveragePool)
 _LAYERS_OF_A_STAGE: Final = (nn.ReLU, DepthwiseConv2d, PointwiseConv2d, nn.BatchNorm2d)
 
 

@@ -6,7 +6,7 @@ there are groups. ``docs/performance.md`` has what these kernels gain. They are 
 which comes with torch for CUDA; :func:`nni_cream.supernet.kernels.kernels_for` tells where they can be used.
 
 Features are channels last: in memory a matrix [P, C], one row a pixel of an image. All sums are in the precision of the
-tensors, without TF32, and come in the same order at every call.
+tensors, those of half precision in single, without TF32, and come in the same order at every call.
 """
 
 from __future__ import annotations
@@ -265,28 +265,29 @@ def convolve(
         (images, channels, height, width), dtype=source.dtype, device=source.device, memory_format=torch.channels_last
     )
     pixels, block = images * height * width, min(32, max(16, triton.next_power_of_2(channels)))
-    _convolve_kernel[triton.cdiv(pixels, _PIXELS), triton.cdiv(channels, block)](
-        source,
-        # Neighbouring channels are read together.
-        weight.flatten(1).t().contiguous(),
-        target,
-        pixels,
-        channels,
-        source_height,
-        source_width,
-        height,
-        width,
-        *stride,
-        *padding,
-        *dilation,
-        TAPS_Y=weight.shape[2],
-        TAPS_X=weight.shape[3],
-        TRANSPOSED=transposed,
-        STRIDED=tuple(stride) != (1, 1),
-        PIXELS=_PIXELS,
-        CHANNELS=block,
-        SUM=_sum_of(source),
-    )
+    with torch.cuda.device_of(source):
+        _convolve_kernel[triton.cdiv(pixels, _PIXELS), triton.cdiv(channels, block)](
+            source,
+            # Neighbouring channels are read together.
+            weight.flatten(1).t().contiguous(),
+            target,
+            pixels,
+            channels,
+            source_height,
+            source_width,
+            height,
+            width,
+            *stride,
+            *padding,
+            *dilation,
+            TAPS_Y=weight.shape[2],
+            TAPS_X=weight.shape[3],
+            TRANSPOSED=transposed,
+            STRIDED=tuple(stride) != (1, 1),
+            PIXELS=_PIXELS,
+            CHANNELS=block,
+            SUM=_sum_of(source),
+        )
     return target
 
 
@@ -320,26 +321,27 @@ def weight_gradient(
     parts, chunk = _parts(lines, blocks, 1)
     # Sums of half precision are of single.
     partial = grad.new_empty((parts, channels, 1, *kernel), dtype=torch.promote_types(grad.dtype, torch.float32))
-    _weight_gradient_kernel[parts, blocks](
-        features,
-        grad,
-        partial,
-        lines,
-        channels,
-        *features.shape[2:],
-        height,
-        width,
-        *stride,
-        *padding,
-        *dilation,
-        chunk,
-        TAPS_Y=kernel[0],
-        TAPS_X=kernel[1],
-        TAPS=triton.next_power_of_2(kernel[0] * kernel[1]),
-        CHANNELS=block,
-        SUM=_sum_of(grad),
-        num_warps=1,
-    )
+    with torch.cuda.device_of(features):
+        _weight_gradient_kernel[parts, blocks](
+            features,
+            grad,
+            partial,
+            lines,
+            channels,
+            *features.shape[2:],
+            height,
+            width,
+            *stride,
+            *padding,
+            *dilation,
+            chunk,
+            TAPS_Y=kernel[0],
+            TAPS_X=kernel[1],
+            TAPS=triton.next_power_of_2(kernel[0] * kernel[1]),
+            CHANNELS=block,
+            SUM=_sum_of(grad),
+            num_warps=1,
+        )
     return partial.sum(0).to(grad.dtype)
 
 
@@ -351,9 +353,10 @@ def column_sums(matrix: Tensor, squares: bool) -> Tensor:
     blocks = triton.cdiv(columns, 32)
     parts, chunk = _parts(rows, blocks, _ROWS)
     partial = matrix.new_empty((parts, 2 if squares else 1, columns))
-    _sums_kernel[parts, blocks](
-        matrix, partial, rows, columns, matrix.stride(0), chunk, SQUARES=squares, ROWS=_ROWS, COLUMNS=32
-    )
+    with torch.cuda.device_of(matrix):
+        _sums_kernel[parts, blocks](
+            matrix, partial, rows, columns, matrix.stride(0), chunk, SQUARES=squares, ROWS=_ROWS, COLUMNS=32
+        )
     return partial.sum(0)
 
 
@@ -370,31 +373,40 @@ def cross_product(first: Tensor, second: Tensor, groups: int) -> Tensor:
     blocks = triton.cdiv(left, a_block) * triton.cdiv(right, b_block)
     parts, chunk = _parts(rows, groups * blocks, 2 * _ROWS)
     partial = first.new_empty((parts, groups, left, right))
-    _cross_kernel[parts, groups, blocks](
-        first,
-        second,
-        partial,
-        rows,
-        chunk,
-        left,
-        right,
-        first.stride(0),
-        second.stride(0),
-        groups,
-        LEFT=a_block,
-        RIGHT=b_block,
-        ROWS=_ROWS // 2,
-    )
+    with torch.cuda.device_of(first):
+        _cross_kernel[parts, groups, blocks](
+            first,
+            second,
+            partial,
+            rows,
+            chunk,
+            left,
+            right,
+            first.stride(0),
+            second.stride(0),
+            groups,
+            LEFT=a_block,
+            RIGHT=b_block,
+            ROWS=_ROWS // 2,
+        )
     return partial.sum(0)
 
 
-def run_one() -> None:
-    """Compile a kernel and run it.
+def run_all() -> None:
+    """Compile every kernel, and run it.
 
     Raises:
         Exception: of any kind, if that cannot be done here.
     """
-    column_sums(torch.ones(2, 2, device="cuda"), False)
+    features, weight = torch.ones(1, 16, 4, 4, device="cuda"), torch.ones(16, 1, 3, 3, device="cuda")
+    matrix, pairs = torch.ones(16, 16, device="cuda"), ((1, 1), (2, 2), (2, 2))
+    convolve(features, weight, (4, 4), *pairs, False)
+    convolve(features, weight, (4, 4), *pairs, True)
+    weight_gradient(features, features, (3, 3), *pairs)
+    cross_product(matrix, matrix, 1)
+    column_sums(matrix, True)
+    # Only then is it known whether they have failed.
+    torch.cuda.synchronize()
 
 
 def _flops(*sizes: int) -> int:

@@ -21,6 +21,7 @@ from nni_cream.models.darts_operations import (
     build_searched,
     register_edge_operation,
 )
+from nni_cream.models.operations import AveragePool
 from tests.reference import apply_rule, golden, standard_normal
 
 CHANNELS = 4
@@ -229,6 +230,29 @@ class TestRegister:
         assert type(build_candidate("own", 6, 1)[1]).__name__ == "DepthwiseConv2d"  # type: ignore[index]
         with pytest.raises(UserError, match=r"conv_7x1_1x7, own, and those registered by a file that --import names\."):
             build_operation("other", 6, 1, affine=True)
+
+    def test_its_average_pools_are_right_on_every_device(self) -> None:
+        class Mine(nn.AvgPool2d):
+            pass
+
+        def alone(channels: int, stride: int, affine: bool) -> nn.Module:
+            return nn.AvgPool2d(3, stride, 1, count_include_pad=False)
+
+        def within(channels: int, stride: int, affine: bool) -> nn.Module:
+            return nn.Sequential(nn.AvgPool2d(3, stride, 1), Mine(1), nn.MaxPool2d(1))
+
+        register_edge_operation("alone")(alone)
+        register_edge_operation("within")(within)
+        pool: Any = build_operation("alone", 6, 2, affine=True)
+        assert type(pool) is AveragePool
+        assert (pool.kernel_size, pool.stride, pool.padding, pool.count_include_pad) == (3, 2, 1, False)
+        assert [type(each) for each in build_operation("within", 6, 1, affine=True).children()] == [
+            AveragePool,
+            Mine,
+            nn.MaxPool2d,
+        ]
+        # A batch norm follows one in a search, as those of the paper.
+        assert type(build_searched("alone", 6, 1)) is nn.Sequential
 
     def test_a_pool_is_followed_by_a_norm_in_a_search(self) -> None:
         register_edge_operation("max_pool_5x5")(lambda channels, stride, affine: nn.MaxPool2d(5, stride, padding=2))

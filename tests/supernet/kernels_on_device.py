@@ -154,6 +154,7 @@ def test_operations_are_counted_as_those_of_torch() -> None:
     assert mode.get_total_flops() == 2 * 50 * 3 * 4 * 4
 
 
+@pytest.mark.skipif(DEVICE == "cuda", reason="tests/supernet/test_on_gpu.py has it there")
 @pytest.mark.parametrize("position", [0, 1], ids=["normal", "reduction"])
 def test_a_fused_cell(position: int, used: list[str]) -> None:
     textbook, fused = pair(nodes=1)
