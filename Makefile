@@ -54,5 +54,5 @@ $(VENV)/installed-dev: $(VENV)/installed
 	@echo "installing what the tests need ..."
 	@$(PIP_INSTALL) --editable ".[dev,elpv,export]"
 	@# For the kernels' tests alone; torch's compiler would import it in every process.
-	@[ "$$(uname -s)" != Linux ] || $(PIP_INSTALL) --no-deps --target $(VENV)/triton --upgrade triton==3.7.1
+	@$(PIP_INSTALL) --no-deps --target $(VENV)/triton --upgrade triton==3.7.1
 	@touch $@

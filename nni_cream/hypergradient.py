@@ -15,7 +15,7 @@ pure: losses are functions of (w, α), nothing that is given is changed, and no 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final
@@ -225,14 +225,12 @@ class _Unrolled:
 def _moved(weights: Sequence[Tensor], slopes: Sequence[Tensor | None], step: Step) -> list[Tensor]:
     """Return w'."""
     moved = [weight.detach() for weight in weights]
-    alike: dict[Any, list[int]] = {}
-    for place, (slope, how) in enumerate(zip(slopes, step, strict=True)):
-        # The optimizer leaves alone what has no gradient.
-        if slope is not None:
-            kind = (how.scale, how.decay, how.drift, how.buffer is None, slope.dtype)
-            alike.setdefault(kind, []).append(place)
-    # Together: a GPU takes longer to begin with a small tensor than to be done with it.
-    for (scale, decay, drift, is_fresh, _), places in alike.items():
+    # The optimizer leaves alone what has no gradient.
+    kinds = [
+        None if slope is None else (how.scale, how.decay, how.drift, how.buffer is None, slope.dtype)
+        for slope, how in zip(slopes, step, strict=True)
+    ]
+    for (scale, decay, drift, is_fresh, _), places in _alike(kinds):
         before = [moved[place] for place in places]
         after = torch._foreach_sub(before, _times([_given(slopes[place]).detach() for place in places], scale))
         torch._foreach_sub_(after, _times(before, decay))
@@ -241,6 +239,18 @@ def _moved(weights: Sequence[Tensor], slopes: Sequence[Tensor | None], step: Ste
         for place, weight in zip(places, after, strict=True):
             moved[place] = weight
     return moved
+
+
+def _alike(kinds: Sequence[Any]) -> Iterable[tuple[Any, list[int]]]:
+    """Give the places of every kind but None.
+
+    What is alike is computed together: a GPU takes longer to begin with a small tensor than to be done with it.
+    """
+    places: dict[Any, list[int]] = {}
+    for place, kind in enumerate(kinds):
+        if kind is not None:
+            places.setdefault(kind, []).append(place)
+    return places.items()
 
 
 def _given(tensor: Tensor | None) -> Tensor:
@@ -264,10 +274,7 @@ def _unroll(
     by_weights, direct = gradients[: len(moved)], gradients[len(moved) :]
     # A weight that no step has moved does not depend on α.
     direction = [v if moves else torch.zeros_like(v) for v, moves in zip(by_weights, learns, strict=True)]
-    alike: dict[Any, list[int]] = {}
-    for place, how in enumerate(step):
-        alike.setdefault((how.scale, direction[place].dtype), []).append(place)
-    for (scale, _), places in alike.items():
+    for (scale, _), places in _alike([(how.scale, v.dtype) for how, v in zip(step, direction, strict=True)]):
         for place, scaled in zip(places, _times([direction[place] for place in places], scale), strict=True):
             direction[place] = scaled
     return _Unrolled(direct, tuple(direction), loss.detach())

@@ -13,8 +13,8 @@ import torch
 def without_tf32() -> Iterator[None]:
     """Compute in float32 what is float32; afterwards everything is set as before.
 
-    By default torch lets convolutions on a GPU round their inputs to 10 bits (TF32). A gradient of a gradient is then
-    wrong by some thousandths, differently in every run.
+    By default torch lets convolutions on a GPU round their inputs to 10 bits (TF32). A gradient of a gradient has no
+    digits to spare, nor has a recording that is to agree with the step that it is of.
     """
     cudnn: Any = torch.backends.cudnn
     products: Any = torch.backends.cuda.matmul

@@ -90,7 +90,7 @@ def derivatives(output: Tensor, variables: Sequence[Tensor]) -> list[Tensor]:
     generator = torch.Generator().manual_seed(3)
 
     def like(tensor: Tensor) -> Tensor:
-        return torch.randn(tensor.shape, dtype=tensor.dtype, generator=generator)
+        return torch.randn(tensor.shape, dtype=tensor.dtype, generator=generator).to(tensor.device)
 
     loss = (output.sin() * like(output)).sum()
     first = torch.autograd.grad(loss, variables, create_graph=True, materialize_grads=True)
@@ -107,15 +107,17 @@ def assert_same(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> None:
         torch.testing.assert_close(a.detach() / scale, b.detach() / scale, rtol=1e-10, atol=1e-11)
 
 
-def assert_cells_agree(textbook: Together, fused: Together, position: int, size: int = 8) -> None:
+def assert_cells_agree(textbook: Together, fused: Together, position: int, size: int = 8, device: str = "cpu") -> None:
+    """Compare on a CPU, with what is tested on ``device``."""
     results = []
-    for network in (textbook, fused):
+    for network, where in ((textbook, "cpu"), (fused.to(device), device)):
         cell = network.space.cells[position]
-        given = inputs(cell, size=size)
+        given = [features.detach().to(where).requires_grad_() for features in inputs(cell, size=size)]
         variables = [*given, *cell.parameters(), *network.alphas.parameters()]
         # A gradient that nobody differentiates is computed in another way.
         plain = torch.autograd.grad(cell(*given).sin().sum(), variables, materialize_grads=True)
-        results.append([*plain, *derivatives(cell(*given), variables), *cell.buffers()])
+        found = [*plain, *derivatives(cell(*given), variables), *cell.buffers()]
+        results.append([tensor.cpu() for tensor in found])
     assert any(slope.abs().max() > 1e-3 for slope in results[0][1:])
     assert_same(results[1], results[0])
 
