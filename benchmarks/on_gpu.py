@@ -227,7 +227,7 @@ def main() -> None:
     parser.set_defaults(device="cuda")
     parser.add_argument("--quick", action="store_true", help="at a toy size")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="of the measurement (default: all)")
-    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=tuple(KINDS), help="of steps (default: all)")
+    parser.add_argument("--kinds", nargs="+", metavar="KIND", choices=KINDS, default=tuple(KINDS), help="of steps")
     arguments = parser.parse_args()
     device, quick, parts = arguments.device, arguments.quick, arguments.parts
     if device == "cuda" and not torch.cuda.is_available():
