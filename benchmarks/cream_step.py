@@ -5,7 +5,8 @@
 Both run in one process, on the same supernet with the same board, in turns; before each the weights, the optimizer and
 all random states are put back. The straightforward one does what the published code does, with its errors corrected:
 it asks the student for the images of one entry after the other, with a graph each; the meta step differentiates through
-the student's step (a double backward); nothing is laid out in a special way in memory. First the two are compared: the
+the student's step (a double backward); convolutions are torch's own, and nothing is laid out in a special way in
+memory. First the two are compared: the
 teacher, the loss, the weights after the step, and the matching layer after a meta step have to be the same. Every turn
 is on another path, and a ratio is the median of those of all turns.
 """
@@ -32,6 +33,7 @@ from torch.utils.data import TensorDataset
 
 from nni_cream.strategies.cream import CreamStrategy
 from nni_cream.strategies.cream_module import CreamLightningModule, Teaching
+from nni_cream.supernet.depthwise import DepthwiseConv2d
 from nni_cream.training import ImageClassifier
 from search_spaces.cream import CreamSpace
 
@@ -158,9 +160,12 @@ class Measurement(pl.Callback):
     @contextlib.contextmanager
     def _as(self, module: CreamLightningModule, kind: str) -> Iterator[None]:
         gates = [gate for gate in module.model.modules() if isinstance(gate, nn.Hardsigmoid)]
+        depthwise = [layer for layer in module.model.modules() if isinstance(layer, DepthwiseConv2d)]
         if kind == "straightforward":
             module.__class__ = Straightforward
             module.model.to(memory_format=torch.contiguous_format)
+            for layer in depthwise:
+                layer.__class__ = nn.Conv2d
             for gate in gates:
                 # torch's own has no second derivative.
                 gate.forward = lambda x: F.relu6(x + 3) / 6  # type: ignore[method-assign]
@@ -170,6 +175,8 @@ class Measurement(pl.Callback):
             yield
         finally:
             module.__class__ = CreamLightningModule
+            for layer in depthwise:
+                layer.__class__ = DepthwiseConv2d
             for gate in gates:
                 vars(gate).pop("forward", None)
 

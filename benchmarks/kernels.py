@@ -17,8 +17,8 @@ import torch
 from common import save_result
 from torch import Tensor
 
-from nni_cream.supernet import depthwise, matrices
-from nni_cream.supernet.depthwise import Geometry
+from nni_cream.supernet import depthwise_forms, matrices
+from nni_cream.supernet.depthwise_forms import Geometry
 from nni_cream.tf32 import without_tf32
 
 CALLS, REPEATS = 10, 5
@@ -29,9 +29,9 @@ TAPS = ((3, 1), (5, 1), (3, 2), (5, 2))
 # Groups, columns of each on the left and on the right, and rows.
 PRODUCTS = ((8, 16, 16, 65536), (4, 32, 16, 65536), (8, 32, 32, 16384), (4, 64, 32, 16384), (8, 64, 64, 4096))
 FORMS = {
-    "convolution": depthwise._convolve,
-    "gradient of its input": depthwise._input_gradient,
-    "gradient of its weight": depthwise._weight_gradient,
+    "convolution": depthwise_forms.convolve,
+    "gradient of its input": depthwise_forms.input_gradient,
+    "gradient of its weight": depthwise_forms.weight_gradient,
 }
 
 
@@ -84,13 +84,13 @@ def main() -> None:
     """Measure, save the result, and print it."""
     if not torch.cuda.is_available():
         sys.exit("error: torch sees no CUDA device here.")
-    ours_of = depthwise.kernels_for
+    ours_of = depthwise_forms.kernels_for
     table: dict[str, dict[str, float]] = {}
     with without_tf32():
         for name, work in works().items():
             row = {}
             for whose, kernels_for in (("torch", lambda *_: None), ("ours", ours_of)):
-                depthwise.kernels_for = matrices.kernels_for = kernels_for
+                depthwise_forms.kernels_for = matrices.kernels_for = kernels_for
                 row[whose] = microseconds(work)
             table[name] = row
             print(f"{name}: torch {row['torch']:.1f} µs, ours {row['ours']:.1f} µs", flush=True)

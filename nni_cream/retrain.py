@@ -30,6 +30,7 @@ from nni_cream.reporting import Reporter, on_terminal
 from nni_cream.runs import RunDirectory, another_training, read_json, write_json
 from nni_cream.search import arrange_in_memory, claim, load_splits, make_loader, make_trainer, make_training_loader
 from nni_cream.settings import Data
+from nni_cream.supernet.depthwise import with_explicit_derivatives
 from nni_cream.training import ImageClassifier
 from nni_cream.trouble import named_batch
 
@@ -92,6 +93,8 @@ def retrain(recipe: RetrainRecipe, candidate: Candidate, directory: RunDirectory
     module.set_model(network)
     checkpoint = find_checkpoint(directory)
     trainer = make_trainer(recipe, directory, checkpoint, gradient_clip_val=recipe.gradient_clip)
+    if trainer.strategy.root_device.type == "cpu" and recipe.device.compile == "off":
+        with_explicit_derivatives(network)
     training, validation = splits.retraining_parts()
     training_loader = make_training_loader(training, data, recipe.seed, recipe.device)
     validation_loader = make_loader(validation, data, recipe.device)

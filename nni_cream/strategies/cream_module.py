@@ -42,6 +42,7 @@ from nni_cream.sampling import Path, PathSampler, Prior
 from nni_cream.strategies.schedules import refuse_plateau
 from nni_cream.strategies.settings import CreamSettings
 from nni_cream.supernet.batch_norm import batch_norms, batch_statistics, count_right, recalibrated
+from nni_cream.supernet.depthwise import with_explicit_derivatives
 from nni_cream.supernet.paths import PathSpace, activate, read_prior
 from nni_cream.supernet.synchronised import alone
 from nni_cream.training import loss_scale
@@ -213,11 +214,15 @@ class CreamLightningModule(BaseOneShotLightningModule):
     def on_fit_start(self) -> None:
         """Check, before anything is trained, that paths can be scored and that the board gets a chance.
 
+        On a CPU, depthwise convolutions get derivatives that are faster there.
+
         Raises:
             UserError: if they cannot, or it would not.
         """
         super().on_fit_start()
         refuse_other_strategies(self.trainer)
+        if self.device.type == "cpu":
+            with_explicit_derivatives(self.model)
         if self.trainer.limit_val_batches == 0:
             raise UserError(
                 "CreamStrategy scores paths on validation images, but the trainer leaves validations out; leave its "

@@ -2,162 +2,22 @@
 
 PyTorch's backward of larger and of dilated depthwise convolutions is slow on a CPU, and its second derivative of a
 grouped convolution loops over the groups. But a convolution is bilinear, and so are its gradients: all derivatives, of
-any order and in either mode, are one of the three forms here, with exchanged roles. ``docs/darts.md`` has what
-that gains.
+any order and in either mode, are one of the three forms of :mod:`nni_cream.supernet.depthwise_forms`, with exchanged
+roles. ``docs/darts.md`` and ``docs/performance.md`` have what that gains.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
-from typing import Any, Final, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nni_cream.differentiation import leaves_out_weights
-from nni_cream.supernet.kernels import LARGEST, kernels_for
-
-Pair = tuple[int, int]
-
-_STRIP: Final = 3
-
-
-class Geometry(NamedTuple):
-    """What a depthwise convolution is besides its input and weight; pairs are of height and width."""
-
-    stride: Pair
-    padding: Pair
-    dilation: Pair
-    input_size: Pair
-    kernel_size: Pair
-
-
-def _convolve(features: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
-    if kernels := _kernels_for(features, weight, geometry):
-        steps = zip(geometry.input_size, *geometry[:3], geometry.kernel_size, strict=True)
-        output = [(full + 2 * p - d * (k - 1) - 1) // s + 1 for full, s, p, d, k in steps]
-        result: Tensor = kernels.convolve(features, weight, output, *geometry[:3], False)
-        return result
-    return F.conv2d(
-        features, weight, None, geometry.stride, geometry.padding, geometry.dilation, groups=weight.shape[0]
-    )
-
-
-def _kernels_for(features: Tensor, other: Tensor, geometry: Geometry) -> Any:
-    # Measured on a GPU: torch's kernels are good where they are not dilated.
-    if geometry.dilation == (1, 1) or math.prod((*features.shape[:2], *geometry.input_size)) > LARGEST:
-        return None
-    return kernels_for(features, other)
-
-
-def _input_gradient(grad: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
-    stride, padding, dilation, size, kernel = geometry
-    if kernels := _kernels_for(grad, weight, geometry):
-        result: Tensor = kernels.convolve(grad, weight, size, stride, padding, dilation, True)
-        return result
-    reach = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
-    if stride == (1, 1) and all(r >= p for r, p in zip(reach, padding, strict=True)):
-        margin = [r - p for r, p in zip(reach, padding, strict=True)]
-        return F.conv2d(grad, weight.flip(2, 3), None, 1, margin, dilation, groups=len(weight))
-    if grad.device.type != "cpu":
-        features = grad.new_empty(len(grad), len(weight), *size)
-        if _is_channels_last(grad):
-            features = features.to(memory_format=torch.channels_last)
-        return _torch_gradient(grad, features, weight, geometry, 0)
-    # What the strides of the convolution left over at the end of the input.
-    rest = [
-        full - (s * (out - 1) + r + 1 - 2 * p)
-        for full, out, s, r, p in zip(size, grad.shape[2:], stride, reach, padding, strict=True)
-    ]
-    return F.conv_transpose2d(grad, weight, None, stride, padding, rest, len(weight), dilation)
-
-
-def _weight_gradient(features: Tensor, grad: Tensor, geometry: Geometry) -> Tensor:
-    stride, padding, dilation, size, kernel = geometry
-    images, channels = features.shape[:2]
-    if kernels := _kernels_for(features, grad, geometry):
-        result: Tensor = kernels.weight_gradient(features, grad, kernel, stride, padding, dilation)
-        return result
-    # Measured on CPUs: nothing is gained for a plain 3×3. Other devices have kernels of their own.
-    if features.device.type != "cpu" or (kernel == (_STRIP, _STRIP) and dilation == (1, 1)):
-        weight = features.new_empty(channels, 1, *kernel)
-        return _torch_gradient(grad, features, weight, geometry, 1)
-    if _is_channels_last(features) and kernel[1] in (_STRIP, 5):
-        large = all(out >= k for out, k in zip(grad.shape[2:], kernel, strict=True))
-        if dilation == (1, 1) and (kernel[1], padding[1]) == (5, 2) and large:
-            return _weight_gradient_of_five(features, grad, geometry)
-        if _is_dense(geometry, grad):
-            # The pixels between two taps take no part in a convolution of the others.
-            plain = geometry._replace(
-                padding=(padding[0] // dilation[0], padding[1] // dilation[1]),
-                dilation=(1, 1),
-                input_size=(size[0] // dilation[0], size[1] // dilation[1]),
-            )
-            return _weight_gradient(_between(features, dilation), _between(grad, dilation), plain)
-    # Every channel of every image becomes a channel of one image, and its output's gradient that channel's kernel;
-    # stride and dilation exchange their roles.
-    planes = features.reshape(1, images * channels, *features.shape[2:])
-    kernels = grad.reshape(images * channels, 1, *grad.shape[2:])
-    products = F.conv2d(planes, kernels, None, dilation, padding, stride, groups=images * channels)
-    return products[:, :, : kernel[0], : kernel[1]].reshape(images, channels, 1, *kernel).sum(0)
-
-
-def _weight_gradient_of_five(features: Tensor, grad: Tensor, geometry: Geometry) -> Tensor:
-    """Return the weight gradient of an undilated k×5 convolution with a padding of 2, three columns at a time.
-
-    oneDNN has a fast kernel for a width of three, and none for others. Between two rows of pixels in memory lie two
-    zeros, padding on the right of one and on the left of the next, so that the columns on the right see the same memory
-    two pixels further on.
-    """
-    images, channels, height, width = features.shape
-    pixels = images * height * (width + 2)
-    memory = features.new_empty(pixels + 2, channels)
-    memory[pixels:].zero_()
-    rows = memory[:pixels].view(images, height, width + 2, channels)
-    rows[:, :, :2].zero_()
-    rows[:, :, 2:].copy_(features.permute(0, 2, 3, 1))
-    strip = geometry._replace(padding=(geometry.padding[0], 0), kernel_size=(geometry.kernel_size[0], _STRIP))
-    weight = features.new_empty(1).expand(channels, 1, *strip.kernel_size)
-    left, right = (
-        _torch_gradient(grad, memory[first : first + pixels].view_as(rows).permute(0, 3, 1, 2), weight, strip, which=1)
-        for first in (0, 2)
-    )
-    return torch.cat([left, right[..., 1:]], dim=3)
-
-
-def _is_channels_last(features: Tensor) -> bool:
-    return features.is_contiguous(memory_format=torch.channels_last) and not features.is_contiguous()
-
-
-def _is_dense(geometry: Geometry, grad: Tensor) -> bool:
-    """Tell whether a dilated convolution consists of undilated ones, large enough for their kernel, and no more."""
-    sizes = zip(geometry.dilation, geometry.padding, geometry.input_size, geometry.kernel_size, strict=True)
-    return (
-        geometry.dilation != (1, 1)
-        and geometry.stride == (1, 1)
-        and tuple(grad.shape[2:]) == geometry.input_size
-        and all(size % d == 0 and p % d == 0 and size // d >= k for d, p, size, k in sizes)
-    )
-
-
-def _between(features: Tensor, dilation: Pair) -> Tensor:
-    """Make every set of pixels that a dilated convolution joins an image of its own."""
-    images, channels, height, width = features.shape
-    down, right = dilation
-    pixels = features.permute(0, 2, 3, 1).reshape(images, height // down, down, width // right, right, channels)
-    parts = pixels.permute(0, 2, 4, 1, 3, 5).reshape(-1, height // down, width // right, channels)
-    return parts.permute(0, 3, 1, 2)
-
-
-def _torch_gradient(grad: Tensor, features: Tensor, weight: Tensor, geometry: Geometry, which: int) -> Tensor:
-    stride, padding, dilation = geometry[:3]
-    needed = (which == 0, which == 1, False)
-    gradients: tuple[Tensor, ...] = torch.ops.aten.convolution_backward.default(
-        grad, features, weight, None, stride, padding, dilation, False, (0, 0), len(weight), needed
-    )
-    return gradients[which]
+from nni_cream.supernet import depthwise_forms as forms
+from nni_cream.supernet.depthwise_forms import Geometry, Pair
 
 
 class _Form(torch.autograd.Function):
@@ -194,7 +54,7 @@ def _wants_weight(needs: Sequence[bool]) -> bool:
 class _Convolve(_Form):
     """(input, weight) to output."""
 
-    compute = staticmethod(_convolve)
+    compute = staticmethod(forms.convolve)
 
     @staticmethod
     def forward(ctx: Any, features: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
@@ -212,13 +72,13 @@ class _Convolve(_Form):
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Tensor:
-        return _bilinear_tangent(_convolve, ctx, tangents)
+        return _bilinear_tangent(forms.convolve, ctx, tangents)
 
 
 class _InputGradient(_Form):
     """(gradient of the output, weight) to gradient of the input."""
 
-    compute = staticmethod(_input_gradient)
+    compute = staticmethod(forms.input_gradient)
 
     @staticmethod
     def forward(ctx: Any, grad: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
@@ -236,13 +96,13 @@ class _InputGradient(_Form):
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Tensor:
-        return _bilinear_tangent(_input_gradient, ctx, tangents)
+        return _bilinear_tangent(forms.input_gradient, ctx, tangents)
 
 
 class _WeightGradient(_Form):
     """(input, gradient of the output) to gradient of the weight."""
 
-    compute = staticmethod(_weight_gradient)
+    compute = staticmethod(forms.weight_gradient)
 
     @staticmethod
     def forward(ctx: Any, features: Tensor, grad: Tensor, geometry: Geometry) -> Tensor:
@@ -260,7 +120,7 @@ class _WeightGradient(_Form):
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Tensor:
-        return _bilinear_tangent(_weight_gradient, ctx, tangents)
+        return _bilinear_tangent(forms.weight_gradient, ctx, tangents)
 
 
 def _bilinear_tangent(form: Callable[..., Tensor], ctx: Any, tangents: Any) -> Tensor:
@@ -337,28 +197,17 @@ class PointwiseConv2d(nn.Conv2d):
 
 
 def with_explicit_derivatives(module: nn.Module) -> nn.Module:
-    """Replace convolutions whose derivatives torch computes slowly, in place; their weights stay.
+    """Let convolutions whose derivatives torch computes slowly be of the classes here; all else about them stays.
 
     Depthwise ones become :class:`DepthwiseConv2d`, and 1×1 ones :class:`PointwiseConv2d`. One with a bias, a
     rectangular kernel, or padding other than a number of zeros is left as it is.
     """
-    for name, child in list(module.named_children()):
-        if type(child) is nn.Conv2d and _is_plain_depthwise(child):
-            padding = child.padding[0]
-            assert isinstance(padding, int)
-            depthwise = DepthwiseConv2d(
-                child.in_channels, child.kernel_size[0], child.stride[0], padding, child.dilation[0]
-            )
-            depthwise.weight = child.weight
-            setattr(module, name, depthwise)
-        elif type(child) is nn.Conv2d and _is_plain_pointwise(child):
-            # Without numbers of its own, which would change those that are drawn next.
-            with torch.device("meta"):
-                pointwise = PointwiseConv2d(child.in_channels, child.out_channels, child.stride[0])
-            pointwise.weight = child.weight
-            setattr(module, name, pointwise)
-        else:
-            with_explicit_derivatives(child)
+    for layer in module.modules():
+        if type(layer) is nn.Conv2d:
+            if _is_plain_depthwise(layer):
+                layer.__class__ = DepthwiseConv2d
+            elif _is_plain_pointwise(layer):
+                layer.__class__ = PointwiseConv2d
     return module
 
 

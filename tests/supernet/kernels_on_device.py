@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from nni_cream.supernet import depthwise, kernels, matrices, triton_kernels
+from nni_cream.supernet import depthwise_forms, kernels, matrices, triton_kernels
 from tests.supernet.test_depthwise import Case, images, layers, second_order
 from tests.supernet.test_fused_cell import assert_cells_agree, pair
 
@@ -45,7 +45,7 @@ def used(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         differentiable = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
         return None if differentiable or tensors[0].device.type != DEVICE else Noted()
 
-    monkeypatch.setattr(depthwise, "kernels_for", kernels_for)
+    monkeypatch.setattr(depthwise_forms, "kernels_for", kernels_for)
     monkeypatch.setattr(matrices, "kernels_for", kernels_for)
     return calls
 

@@ -19,7 +19,7 @@ from nni_cream.hypergradient import exact, finite_difference, first_order, sgd_s
 from nni_cream.models import darts_operations
 from nni_cream.models.darts_operations import OPERATIONS, PAPER_OPERATIONS
 from nni_cream.strategies.darts import DartsStrategy
-from nni_cream.supernet import depthwise, fused_cell, stages
+from nni_cream.supernet import depthwise, depthwise_forms, fused_cell, stages
 from nni_cream.supernet.batch_norm import batch_statistics, recalibrated
 from nni_cream.supernet.functional import pure_loss
 from nni_cream.supernet.fused_cell import FusedCell
@@ -337,14 +337,14 @@ class TestPureFunction:
         """α is all that the exact hypergradient is asked for in the end."""
         for network in pair(operations=("none", "sep_conv_3x3")):
             computed = []
-            weight_gradient = depthwise._weight_gradient
+            weight_gradient = depthwise_forms.weight_gradient
 
             def count(*arguments: Any, computed: Any = computed, compute: Any = weight_gradient) -> Tensor:
                 computed.append(leaves_out_weights())
                 gradient: Tensor = compute(*arguments)
                 return gradient
 
-            monkeypatch.setattr(depthwise, "_weight_gradient", count)
+            monkeypatch.setattr(depthwise_forms, "weight_gradient", count)
             monkeypatch.setattr(depthwise._WeightGradient, "compute", staticmethod(count))
             exact(*self.functions(network))
             monkeypatch.undo()
