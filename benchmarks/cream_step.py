@@ -33,7 +33,6 @@ from torch.utils.data import TensorDataset
 
 from nni_cream.strategies.cream import CreamStrategy
 from nni_cream.strategies.cream_module import CreamLightningModule, Teaching
-from nni_cream.supernet.depthwise import DepthwiseConv2d
 from nni_cream.training import ImageClassifier
 from search_spaces.cream import CreamSpace
 
@@ -160,11 +159,11 @@ class Measurement(pl.Callback):
     @contextlib.contextmanager
     def _as(self, module: CreamLightningModule, kind: str) -> Iterator[None]:
         gates = [gate for gate in module.model.modules() if isinstance(gate, nn.Hardsigmoid)]
-        depthwise = [layer for layer in module.model.modules() if isinstance(layer, DepthwiseConv2d)]
+        kinds = {layer: type(layer) for layer in module.model.modules() if isinstance(layer, nn.Conv2d)}
         if kind == "straightforward":
             module.__class__ = Straightforward
             module.model.to(memory_format=torch.contiguous_format)
-            for layer in depthwise:
+            for layer in kinds:
                 layer.__class__ = nn.Conv2d
             for gate in gates:
                 # torch's own has no second derivative.
@@ -175,8 +174,8 @@ class Measurement(pl.Callback):
             yield
         finally:
             module.__class__ = CreamLightningModule
-            for layer in depthwise:
-                layer.__class__ = DepthwiseConv2d
+            for layer, kind in kinds.items():
+                layer.__class__ = kind
             for gate in gates:
                 vars(gate).pop("forward", None)
 

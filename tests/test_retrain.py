@@ -26,6 +26,7 @@ from nni_cream.recipe_files import load_recipe
 from nni_cream.retrain import retrain
 from nni_cream.runs import RunDirectory
 from nni_cream.settings import Data
+from nni_cream.supernet.depthwise import DepthwiseConv2d, PointwiseConv2d
 from nni_cream.training import ImageClassifier
 from tests.trainers import LIGHTNINGS_WARNINGS
 
@@ -389,6 +390,22 @@ def test_an_architecture_is_trained_by_its_text(tmp_path: Path, arranged: dict[s
     size = {"kind": "trained", **DARTS} if text.startswith("Genotype") else {}
     wanted = build_network(text, 10, size)
     assert arranged["module"].model.state_dict().keys() == wanted.state_dict().keys()
+
+
+@pytest.mark.parametrize("compile_", ["off", "default"])
+def test_derivatives_that_are_faster_on_a_cpu_and_cannot_be_compiled(
+    tmp_path: Path, arranged: dict[str, Any], compile_: str
+) -> None:
+    with pytest.raises(Stopped):
+        run(
+            tmp_path / "run",
+            Candidate(None, str(GENOTYPE)),
+            data={**RECIPE["data"], "name": "digits"},
+            drop_path_rate=0.0,
+            device={"accelerator": "cpu", "compile": compile_},
+        )
+    kinds = {type(m) for m in arranged["module"].model.modules() if isinstance(m, nn.Conv2d)}
+    assert kinds == ({nn.Conv2d, DepthwiseConv2d, PointwiseConv2d} if compile_ == "off" else {nn.Conv2d})
 
 
 @pytest.mark.parametrize("ema", [{}, {"decay": 0.9}], ids=["plain", "averaged"])

@@ -10,8 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
 
+from nni_cream.architecture import CreamPath
 from nni_cream.differentiation import without_weights
+from nni_cream.models.cream import build_child
 from nni_cream.models.darts_operations import build_operation
+from nni_cream.supernet import depthwise_forms
 from nni_cream.supernet.depthwise import DepthwiseConv2d, PointwiseConv2d, with_explicit_derivatives
 
 
@@ -42,6 +45,13 @@ CASES = [
     Case(3, 3, 4, 2, (9, 8)),
     Case(1, 2, 0, 1, (5, 6)),
     Case(2, 2, 0, 1, (7, 6)),
+    # Planes that are smaller than the kernel.
+    Case(3, 1, 1, 1, (2, 3)),
+    Case(3, 2, 1, 1, (2, 3)),
+    Case(5, 1, 2, 1, (4, 4)),
+    Case(5, 2, 2, 1, (4, 3)),
+    Case(7, 1, 3, 1, (3, 4)),
+    Case(5, 2, 4, 2, (4, 3)),
 ]
 
 
@@ -106,7 +116,85 @@ CHANNELS_LAST = (
     Case(3, 1, 2, 2, (6, 7)),
     Case(3, 2, 2, 2, (6, 8)),
     Case(7, 1, 3, 1, (8, 9)),
+    Case(3, 1, 1, 1, (2, 2)),
+    Case(3, 1, 1, 1, (1, 1)),
+    Case(5, 1, 2, 1, (4, 4)),
+    Case(5, 2, 2, 1, (4, 4)),
+    Case(7, 2, 3, 1, (4, 3)),
+    Case(5, 1, 4, 2, (4, 4)),
+    Case(5, 1, 4, 2, (8, 8)),
 )
+
+# (case, channels last, how the weight gradient is computed there on a CPU).
+WAYS = [
+    (Case(3, 1, 1, 1, (3, 3)), True, ["torch"]),
+    (Case(3, 2, 1, 1, (4, 4)), True, ["torch"]),
+    (Case(3, 1, 1, 1, (3, 3)), False, ["torch"]),
+    (Case(3, 1, 1, 1, (2, 2)), True, ["products"]),
+    (Case(5, 1, 2, 1, (4, 4)), True, ["products"]),
+    (Case(5, 1, 2, 1, (4, 4)), False, ["products"]),
+    (Case(7, 2, 3, 1, (4, 4)), True, ["products"]),
+    (Case(5, 1, 2, 1, (8, 8)), True, ["strips", "torch", "torch"]),
+    (Case(5, 1, 2, 1, (8, 8)), False, ["planes"]),
+    (Case(5, 2, 2, 1, (8, 8)), True, ["planes"]),
+    (Case(7, 1, 3, 1, (8, 8)), True, ["planes"]),
+    (Case(5, 1, 4, 2, (12, 12)), True, ["strips", "torch", "torch"]),
+    (Case(5, 1, 4, 2, (4, 4)), True, ["products"]),
+    (Case(5, 1, 4, 2, (8, 8)), True, ["planes"]),
+    (Case(5, 2, 4, 2, (8, 8)), True, ["planes"]),
+]
+
+
+def ways_of(case: Case, channels_last: bool, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Return which ways a backward pass goes to the gradient of the weight, one within the other."""
+    taken = []
+    for name in ("_torchs_weight_gradient", "_by_products", "_by_strips", "_by_planes"):
+        compute = getattr(depthwise_forms, name)
+
+        def spy(*arguments: Any, name: str = name, compute: Any = compute) -> Tensor:
+            taken.append(name.removesuffix("_weight_gradient").strip("_").removeprefix("by_").removesuffix("s"))
+            gradient: Tensor = compute(*arguments)
+            return gradient
+
+        monkeypatch.setattr(depthwise_forms, name, spy)
+    ours, theirs = layers(case)
+    given = images(case)
+    ours(given.to(memory_format=torch.channels_last) if channels_last else given).square().sum().backward()
+    theirs(given).square().sum().backward()
+    torch.testing.assert_close(ours.weight.grad, theirs.weight.grad, rtol=1e-12, atol=1e-12)
+    return taken
+
+
+@pytest.mark.parametrize(("case", "channels_last", "expected"), WAYS, ids=str)
+def test_the_way_to_a_weight_gradient(
+    case: Case, channels_last: bool, expected: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert ways_of(case, channels_last, monkeypatch) == [name.removesuffix("s") for name in expected]
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize(("kernel", "way", "bound"), [(5, "strip", "STRIPS"), (7, "plane", "PLANES")])
+def test_a_large_weight_gradient_is_torchs(
+    kernel: int, way: str, bound: str, stride: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = Case(kernel, stride, kernel // 2, 1, (14, 14))
+    size = images(case).nbytes * (stride if way == "strip" else 1)
+    monkeypatch.setattr(depthwise_forms, f"_LARGEST_{bound}", size)
+    assert ways_of(case, True, monkeypatch)[0] == way
+    monkeypatch.setattr(depthwise_forms, f"_LARGEST_{bound}", size - stride)
+    assert ways_of(case, True, monkeypatch)[0] == "torch"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_products_of_low_precision_are_rounded_once(dtype: torch.dtype) -> None:
+    case = Case(5, 1, 2, 1, (4, 4))
+    ours, theirs = layers(case)
+    features = images(case, number=64).to(dtype)
+    ours.to(dtype)(features).sum().backward()
+    theirs(features.double()).sum().backward()
+    assert ours.weight.grad is not None
+    assert ours.weight.grad.dtype == dtype
+    torch.testing.assert_close(ours.weight.grad.double(), theirs.weight.grad, rtol=2 * torch.finfo(dtype).eps, atol=0.1)
 
 
 class TestModes:
@@ -173,12 +261,12 @@ def test_on_another_device_torchs_own_gradients(asked: str) -> None:
     assert [gradient.shape for gradient in found] == [variable.shape for variable in needed]
 
 
+@pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("stride", [1, 2])
-def test_a_pointwise_convolution_as_a_product(stride: int) -> None:
+def test_a_pointwise_convolution_as_a_product(stride: int, bias: bool) -> None:
     torch.manual_seed(0)
-    ours = PointwiseConv2d(5, 7, stride).double()
-    theirs = nn.Conv2d(5, 7, 1, stride, bias=False).double()
-    theirs.load_state_dict(ours.state_dict())
+    theirs = nn.Conv2d(5, 7, 1, stride, bias=bias).double()
+    ours: Any = with_explicit_derivatives(copy.deepcopy(theirs))
     features = images(LARGE, channels=5).to(memory_format=torch.channels_last)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(PointwiseConv2d, "forward", PointwiseConv2d.as_product)
@@ -188,12 +276,26 @@ def test_a_pointwise_convolution_as_a_product(stride: int) -> None:
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
-def test_making_a_pointwise_convolution_draws_no_random_numbers() -> None:
-    network = nn.Sequential(nn.Conv2d(4, 6, 1, bias=False))
-    before = torch.get_rng_state()
-    with_explicit_derivatives(network)
-    assert type(network[0]) is PointwiseConv2d
-    assert torch.equal(torch.get_rng_state(), before)
+@pytest.mark.parametrize(
+    ("size", "channels_last", "product"),
+    [((8, 8), True, True), ((8, 9), True, False), ((8, 8), False, False), ((1, 1), False, True)],
+)
+def test_where_a_pointwise_convolution_is_a_product_on_a_cpu(
+    size: tuple[int, int], channels_last: bool, product: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+    as_product = PointwiseConv2d.as_product
+
+    def spy(self: PointwiseConv2d, features: Tensor) -> Tensor:
+        calls.append(features.shape)
+        return as_product(self, features)
+
+    monkeypatch.setattr(PointwiseConv2d, "as_product", spy)
+    features = torch.randn(2, 5, *size)
+    layer = PointwiseConv2d(5, 7)
+    output = layer(features.to(memory_format=torch.channels_last) if channels_last else features)
+    assert bool(calls) == product
+    torch.testing.assert_close(output, F.conv2d(features, layer.weight))
 
 
 class TestReplacement:
@@ -238,7 +340,7 @@ class TestReplacement:
             [name for name, module in network.named_modules() if isinstance(module, kind)] for kind in kinds
         )
         assert depthwise == ["0", "3.0"]
-        assert pointwise == ["2", "3.3", "3.5", "12"]
+        assert pointwise == ["2", "3.3", "3.5", "12", "13", "15"]
         replaced = depthwise + pointwise
         for (name, module), (_, old) in zip(network.named_modules(), before.named_modules(), strict=True):
             assert name in replaced or type(module) is type(old)
@@ -270,6 +372,31 @@ class TestReplacement:
             results.append([output, *first, *second])
         for a, b in zip(*results, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+    def test_a_hook_stays(self) -> None:
+        network = nn.Sequential(nn.Conv2d(4, 4, 3, groups=4, bias=False))
+        shapes = []
+        network[0].register_forward_hook(lambda layer, given, output: shapes.append(output.shape))
+        with_explicit_derivatives(network)(torch.zeros(1, 4, 5, 5))
+        assert type(network[0]) is DepthwiseConv2d
+        assert shapes == [(1, 4, 3, 3)]
+
+    # At these resolutions planes are smaller than kernels from the third and from the fifth stage on.
+    @pytest.mark.parametrize("resolution", [32, 64])
+    def test_networks_of_cream(self, resolution: int) -> None:
+        torch.manual_seed(0)
+        before = build_child(CreamPath.parse("[0] [0] [1,4] [2,5] [5,0] [2] [0]"), num_classes=5).double()
+        before.to(memory_format=torch.channels_last)
+        after: Any = with_explicit_derivatives(copy.deepcopy(before))
+        kinds = [type(module) for module in after.modules() if isinstance(module, nn.Conv2d)]
+        # The others are the stem's and the last stage's.
+        assert kinds.count(DepthwiseConv2d) == 9
+        assert kinds.count(nn.Conv2d) == 1
+        x = torch.randn(6, 3, resolution, resolution, dtype=torch.float64)
+        for network in (before, after):
+            network(x).square().sum().backward()
+        gradients = [torch.cat([p.grad.flatten() for p in network.parameters()]) for network in (before, after)]
+        torch.testing.assert_close(*gradients, rtol=1e-9, atol=1e-12 * gradients[0].abs().max().item())
 
     def test_a_copy_is_another_layer(self) -> None:
         ours, theirs = layers(LARGE)

@@ -14,6 +14,7 @@ from torch.utils.data import TensorDataset
 
 from nni_cream.settings import Optimizer, Schedule
 from nni_cream.strategies.cream_module import CreamLightningModule
+from nni_cream.supernet.depthwise import PointwiseConv2d
 from nni_cream.training import ImageClassifier
 from tests.reference import run_through
 from tests.six_paths import CLASSES
@@ -42,6 +43,11 @@ class TestStep:
             loss, state = step_by_hand(step, mode, step.space, step.matching)
             assert step.loss == pytest.approx(loss, rel=1e-9)
             assert_same(step.space_after, state, atol=1e-12)
+
+    def test_on_a_cpu_convolutions_have_derivatives_of_our_own(self, mode: str, run: Callable[..., Search]) -> None:
+        module = run(teacher=mode).module
+        kinds = {tuple(m.kernel_size): type(m) for m in module.model.modules() if isinstance(m, nn.Conv2d)}
+        assert kinds == {(1, 1): PointwiseConv2d, (3, 3): nn.Conv2d, (5, 5): nn.Conv2d}
 
     def test_only_the_drawn_path_changes(self, mode: str, run: Callable[..., Search]) -> None:
         for step in run(teacher=mode).steps:
