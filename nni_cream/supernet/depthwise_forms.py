@@ -7,13 +7,11 @@ and w; and the gradient in w, of x and g. :mod:`nni_cream.supernet.depthwise` di
 from __future__ import annotations
 
 import math
-from functools import lru_cache
+from collections.abc import Sequence
 from typing import Any, Final, NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from torch import Tensor
 
 from nni_cream.supernet.kernels import LARGEST, kernels_for
@@ -132,28 +130,18 @@ def _by_products(features: Tensor, grad: Tensor, geometry: Geometry) -> Tensor:
         for tensor in (features, grad)
     )
     pairs = torch.bmm(pixels, slopes.transpose(1, 2)).flatten(1)
-    taps = torch.as_tensor(_taps(geometry, tuple(grad.shape[2:])), dtype=pairs.dtype)
-    return (pairs @ taps).view(channels, 1, *geometry.kernel_size)
+    return (pairs @ _taps(geometry, grad.shape[2:]).to(pairs)).view(channels, 1, *geometry.kernel_size)
 
 
-@lru_cache(maxsize=256)
-def _taps(geometry: Geometry, output_size: Pair) -> NDArray[np.float32]:
-    """Return which tap joins a pixel of the input and one of the output, 0 or 1, [pairs of pixels, taps]."""
+def _taps(geometry: Geometry, output_size: Sequence[int]) -> Tensor:
+    """Tell which tap joins a pixel of the input and one of the output, [pairs of pixels, taps]."""
+    stride, padding, dilation, size, kernel = geometry
     rows, columns = (
-        (np.arange(full)[:, None] + p - s * np.arange(out))[..., None] == d * np.arange(k)
-        for full, out, s, p, d, k in zip(
-            geometry.input_size,
-            output_size,
-            geometry.stride,
-            geometry.padding,
-            geometry.dilation,
-            geometry.kernel_size,
-            strict=True,
-        )
+        (torch.arange(full)[:, None] + p - s * torch.arange(out))[..., None] == d * torch.arange(k)
+        for full, out, s, p, d, k in zip(size, output_size, stride, padding, dilation, kernel, strict=True)
     )
-    joined = rows[:, None, :, None, :, None] & columns[None, :, None, :, None, :]
-    taps: NDArray[np.float32] = joined.reshape(-1, math.prod(geometry.kernel_size)).astype(np.float32)
-    return taps
+    joined: Tensor = rows[:, None, :, None, :, None] & columns[:, None, :, None, :]
+    return joined.reshape(-1, math.prod(kernel))
 
 
 def _by_planes(features: Tensor, grad: Tensor, geometry: Geometry) -> Tensor:
