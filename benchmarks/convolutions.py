@@ -81,6 +81,8 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=15, help="of each measurement (default: %(default)s)")
     arguments = parser.parse_args()
     repetitions, device = arguments.repetitions, arguments.device
+    if repetitions < 1:
+        parser.error(f"--repetitions is {repetitions}; it has to be at least 1")
     keep_compiled_convolutions()
     torch.manual_seed(0)
     gradients = {}

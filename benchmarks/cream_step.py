@@ -6,9 +6,8 @@ Both run in one process, on the same supernet with the same board, in turns; bef
 all random states are put back. The straightforward one does what the published code does, with its errors corrected:
 it asks the student for the images of one entry after the other, with a graph each; the meta step differentiates through
 the student's step (a double backward); convolutions are torch's own, and nothing is laid out in a special way in
-memory. First the two are compared: the
-teacher, the loss, the weights after the step, and the matching layer after a meta step have to be the same. Every turn
-is on another path, and a ratio is the median of those of all turns.
+memory. First the two are compared: the teacher, the loss, the weights after the step, and the matching layer after a
+meta step have to be the same. Every turn is on another path, and a ratio is the median of those of all turns.
 """
 
 from __future__ import annotations

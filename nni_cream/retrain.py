@@ -93,6 +93,7 @@ def retrain(recipe: RetrainRecipe, candidate: Candidate, directory: RunDirectory
     module.set_model(network)
     checkpoint = find_checkpoint(directory)
     trainer = make_trainer(recipe, directory, checkpoint, gradient_clip_val=recipe.gradient_clip)
+    # Faster there; but torch.compile cannot look into derivatives of our own.
     if trainer.strategy.root_device.type == "cpu" and recipe.device.compile == "off":
         with_explicit_derivatives(network)
     training, validation = splits.retraining_parts()

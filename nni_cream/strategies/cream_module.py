@@ -214,7 +214,7 @@ class CreamLightningModule(BaseOneShotLightningModule):
     def on_fit_start(self) -> None:
         """Check, before anything is trained, that paths can be scored and that the board gets a chance.
 
-        On a CPU, depthwise convolutions get derivatives that are faster there.
+        On a CPU, convolutions become those of :mod:`nni_cream.supernet.depthwise`, which are faster there.
 
         Raises:
             UserError: if they cannot, or it would not.

@@ -85,7 +85,7 @@ def weight_gradient(features: Tensor, grad: Tensor, geometry: Geometry) -> Tenso
         result: Tensor = kernels.weight_gradient(features, grad, kernel, stride, padding, dilation)
         return result
     # Which way is fastest was measured on CPUs; other devices have kernels of their own.
-    if features.device.type != "cpu" or (_is_strip(kernel) and dilation == (1, 1) and min(size) >= _STRIP):
+    if features.device.type != "cpu" or (kernel == (_STRIP, _STRIP) and dilation == (1, 1) and min(size) >= _STRIP):
         return _torchs_weight_gradient(features, grad, geometry)
     if math.prod((*size, *grad.shape[2:])) <= _FEW_PAIRS:
         return _by_products(features, grad, geometry)
@@ -105,10 +105,6 @@ def weight_gradient(features: Tensor, grad: Tensor, geometry: Geometry) -> Tenso
     return _by_planes(features, grad, geometry)
 
 
-def _is_strip(kernel: Pair) -> bool:
-    return kernel == (_STRIP, _STRIP)
-
-
 def _can_be_strips(features: Tensor, grad: Tensor, geometry: Geometry) -> bool:
     kernel = geometry.kernel_size
     large = all(out >= k for out, k in zip(grad.shape[2:], kernel, strict=True))
@@ -118,7 +114,8 @@ def _can_be_strips(features: Tensor, grad: Tensor, geometry: Geometry) -> bool:
 def _by_products(features: Tensor, grad: Tensor, geometry: Geometry) -> Tensor:
     """Multiply every pixel with every gradient, over all images, and add up the products that meet in a tap.
 
-    On planes that are smaller than the kernel oneDNN has no fast kernel and takes up to 50 times as long.
+    On planes that are smaller than the kernel oneDNN has no fast kernel and takes about ten to twenty times as long
+    (``benchmarks/convolutions.py``).
     """
     if features.dtype in (torch.float16, torch.bfloat16):
         # What is added up has to be exact, as inside a convolution.
