@@ -12,7 +12,8 @@ BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 # A process a core and one more, because tests through NNI wait most of the time.
 PROCESSES := $(shell $(PYTHON) -c "import os; print(min(os.cpu_count(), 4) + 1)")
-BESIDE_EACH_OTHER := --numprocesses $(PROCESSES) --dist loadscope
+# Where a process crashes, the others would wait for each other for ever; so that ends the tests, and is told.
+BESIDE_EACH_OTHER := --numprocesses $(PROCESSES) --dist loadscope --max-worker-restart 0
 
 NNI_TESTS := tests/experiments tests/test_experiment.py $(wildcard tests/strategies/test_in_nni.py \
 	tests/strategies/*/test_in_nni.py) $(addprefix tests/test_docs.py::,test_a_search_in_python test_a_search_with_a_recipe)

@@ -43,6 +43,9 @@ class ReLUConvBN(nn.Module):
 class FactorizedReduce(nn.Module):
     """Half the height and width by two 1×1 convolutions of stride 2, the second one pixel further down and right.
 
+    They are of stride 1 and are given every second pixel: with fewer than 8 input channels in ``channels_last``, on a
+    CPU, the gradient of the weights of a 1×1 convolution of stride 2 overwrites other memory in torch 2.13.
+
     Raises:
         UserError: if the number of output channels is odd: each convolution makes half of them.
     """
@@ -52,8 +55,8 @@ class FactorizedReduce(nn.Module):
         if out_channels % 2:
             raise UserError(f"A reduction in DARTS needs an even number of channels, not {out_channels}.")
         self.relu = nn.ReLU()
-        self.conv_1 = nn.Conv2d(in_channels, out_channels // 2, 1, stride=2, bias=False)
-        self.conv_2 = nn.Conv2d(in_channels, out_channels // 2, 1, stride=2, bias=False)
+        self.conv_1 = nn.Conv2d(in_channels, out_channels // 2, 1, bias=False)
+        self.conv_2 = nn.Conv2d(in_channels, out_channels // 2, 1, bias=False)
         self.bn = nn.BatchNorm2d(out_channels, affine=affine)
 
     def forward(self, features: Tensor) -> Tensor:
@@ -69,7 +72,7 @@ class FactorizedReduce(nn.Module):
                 "sides can be halved at every reduction, such as multiples of 32 pixels."
             )
         active = self.relu(features)
-        halves = [self.conv_1(active), self.conv_2(active[:, :, 1:, 1:])]
+        halves = [self.conv_1(active[:, :, ::2, ::2]), self.conv_2(active[:, :, 1::2, 1::2])]
         out: Tensor = self.bn(torch.cat(halves, dim=1))
         return out
 
