@@ -71,7 +71,8 @@ def make_trainer(precision: str, watch: Watch, scale: float = SCALE) -> Any:
     # Given 16-mixed on a CPU by name, Lightning computes in bf16-mixed.
     half = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=scale))
     given: dict[str, Any] = {"plugins": [half]} if precision == "16-mixed" else {"precision": precision}
-    return Trainer(**QUIET, max_epochs=1, callbacks=[watch], num_sanity_val_steps=0, **given)
+    # What is validated is not looked at.
+    return Trainer(**QUIET, max_epochs=1, callbacks=[watch], num_sanity_val_steps=0, limit_val_batches=1, **given)
 
 
 def make_classifier(execution: Any, **arguments: Any) -> Any:
@@ -111,7 +112,7 @@ def cream(combination: tuple[Any, ...], scale: float = SCALE) -> Watch:
     pl.seed_everything(0, verbose=False)
     settings: Any = {"board_size": 3, "board_images": 4, "admission_gap": 100, "warmup_epochs": 0, "meta_interval": 2}
     strategy = CreamStrategy(**settings, recalibration_batches=1, matching_lr=0.1, seed=3)
-    return search(strategy, CreamSpace((1, 1, 1, 1, 1), CLASSES), combination, 64, scale)
+    return search(strategy, CreamSpace((1, 1, 1, 1, 1), CLASSES), combination, 48, scale)
 
 
 def training(combination: tuple[Any, ...], mode: str = "off", **arguments: Any) -> Watch:
@@ -150,8 +151,16 @@ def distance(found: Watch, exact: Watch, architecture: bool) -> float:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("precision", "memory_format", "execution"), COMBINATIONS)
+@pytest.mark.parametrize(
+    ("precision", "memory_format", "execution", "kind"),
+    [
+        (*combination, kind)
+        for combination in COMBINATIONS
+        for kind in KINDS
+        # How the optimizer steps has nothing to do with how a cell is executed.
+        if kind != "textbook" or combination[-1] is None
+    ],
+)
 def test_agrees_with_float32(kind: str, precision: str, memory_format: str, execution: Any) -> None:
     found, exact = KINDS[kind]((precision, memory_format, execution)), plainest(kind)
     weights, alphas, matching = TOLERANCE[precision]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import ctypes
 import multiprocessing
 import os
 import runpy
@@ -30,11 +31,17 @@ def trial(folder: Path, name: str, *arguments: object) -> subprocess.CompletedPr
     return forked(folder, command(name, *arguments))
 
 
-def forked(folder: Path, full: list[str]) -> subprocess.CompletedProcess[str]:
-    """Run a command of Python's, an interpreter and a script with its arguments, in a folder to its end, likewise."""
+def forked(
+    folder: Path, full: list[str], *, mounts: str = "", afterwards: str = ""
+) -> subprocess.CompletedProcess[str]:
+    """Run a command of Python's, an interpreter and a script with its arguments, in a folder to its end, likewise.
+
+    With ``mounts``, shell commands that are run before, what is mounted is there for this process alone; it is gone
+    with it, and can be looked at by the shell commands ``afterwards``.
+    """
     with tempfile.TemporaryDirectory() as place:
         out, err = Path(place, "out"), Path(place, "err")
-        process = FORKING.Process(target=_run, args=(full[1:], folder, dict(os.environ), out, err))
+        process = FORKING.Process(target=_run, args=(full[1:], folder, dict(os.environ), out, err, mounts, afterwards))
         process.start()
         process.join(SECONDS)
         if process.is_alive():
@@ -45,7 +52,15 @@ def forked(folder: Path, full: list[str]) -> subprocess.CompletedProcess[str]:
         return subprocess.CompletedProcess(full, code, out.read_text("utf-8"), err.read_text("utf-8"))
 
 
-def _run(words: list[str], folder: Path, environment: dict[str, str], out: Path, err: Path) -> None:
+def _run(
+    words: list[str],
+    folder: Path,
+    environment: dict[str, str],
+    out: Path,
+    err: Path,
+    mounts: str,
+    afterwards: str,
+) -> None:
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
@@ -53,8 +68,28 @@ def _run(words: list[str], folder: Path, environment: dict[str, str], out: Path,
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), number)
     # Its own processes are started as in a new one, and not by the server that has forked it.
     multiprocessing.set_start_method(None, force=True)
+    if mounts:
+        _take_mounts_of_its_own()
+        subprocess.run(["sh", "-ec", mounts], check=True)
     sys.argv = words
-    runpy.run_path(words[0], run_name="__main__")
+    try:
+        runpy.run_path(words[0], run_name="__main__")
+    finally:
+        subprocess.run(["sh", "-ec", afterwards], check=True)
+
+
+def _take_mounts_of_its_own() -> None:
+    """As ``unshare -m`` does; or, without the right to that, ``unshare -Urm``."""
+    new_mounts, new_user, recursive, private = 0x00020000, 0x10000000, 0x4000, 0x40000
+    libc = ctypes.CDLL(None, use_errno=True)
+    maps = {"setgroups": "deny", "uid_map": f"0 {os.getuid()} 1", "gid_map": f"0 {os.getgid()} 1"}
+    if libc.unshare(new_mounts):
+        if libc.unshare(new_mounts | new_user):
+            raise OSError(ctypes.get_errno(), "no mounts of its own")
+        for name, text in maps.items():
+            Path("/proc/self", name).write_text(text)
+    if libc.mount(b"none", b"/", None, recursive | private, None):
+        raise OSError(ctypes.get_errno(), "its mounts are seen by others")
 
 
 def kill_in_epoch(epoch: int, folder: Path, name: str, *arguments: object) -> None:

@@ -48,30 +48,20 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-def start(folder: Path, *extra: str, happening: str = "", before: str = "") -> subprocess.CompletedProcess[str]:
-    """Run a training in ``folder`` in which a lot happens.
-
-    After shell commands it is in a mount namespace of its own, else its process has everything imported already.
-    """
+def start(folder: Path, *extra: str, happening: str = "", **mounts: str) -> subprocess.CompletedProcess[str]:
+    """Run a training in ``folder`` in which a lot happens, with the ``mounts`` of :func:`forked`."""
     program = folder / "program.py"
     program.write_text(HAPPENING.format(repository=str(REPOSITORY), happening=happening), encoding="utf-8")
     command = [sys.executable, str(program), str(REPOSITORY / "trials/retrain_child.py"), *COMMAND, *extra]
-    if not before:
-        return forked(folder, command)
-    command = [*(namespace() or []), "sh", "-ec", f"{before}\n{shlex.join(command)}"]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=TIMEOUT, check=False)
+    return forked(folder, command, **mounts)
 
 
 @cache
-def namespace() -> tuple[str, ...] | None:
-    """Return how a command gets a mount namespace of its own, or None where the machine does not allow it."""
-    for command in (("unshare", "-m"), ("unshare", "-Urm")):
-        if (
-            shutil.which("unshare")
-            and subprocess.run([*command, "sh", "-c", "mount -t tmpfs tmpfs /mnt"]).returncode == 0
-        ):
-            return command
-    return None
+def may_mount() -> bool:
+    """Tell whether the machine lets a process mount something for itself."""
+    unshare = shutil.which("unshare")
+    ways = ([unshare, how, "sh", "-c", "mount -t tmpfs tmpfs /mnt"] for how in ("-m", "-Urm"))
+    return unshare is not None and any(subprocess.run(way, check=False).returncode == 0 for way in ways)
 
 
 def trouble(done: subprocess.CompletedProcess[str], code: int = 1) -> str:
@@ -97,10 +87,10 @@ def finished(folder: Path, *extra: str) -> None:
 
 class TestFullDisk:
     def test_while_checkpoints_are_written(self, tmp_path: Path) -> None:
-        if namespace():
-            # What is on the small disk is gone with the process, and so copied out of it before.
-            mounted = f"mkdir disk; mount -t tmpfs -o size={DISK} tmpfs disk; trap 'cp -r disk/run run' EXIT"
-            done = start(tmp_path, "--output", "disk/run", before=mounted)
+        if may_mount():
+            mounts = f"mkdir disk; mount -t tmpfs -o size={DISK} tmpfs disk"
+            # What is on the small disk is gone with the process.
+            done = start(tmp_path, "--output", "disk/run", mounts=mounts, afterwards="cp -r disk/run run")
             epochs = {"last.ckpt": 2, "previous.ckpt": 1}
         else:
             done = start(tmp_path, "--output", "run", happening=LIMITED)
@@ -123,10 +113,9 @@ class TestFullDisk:
     @pytest.mark.parametrize("size", ["8k", "12k", "16k"])
     def test_from_the_start(self, tmp_path: Path, size: str) -> None:
         """The run's description does not fit, or TensorBoard's file, or the table."""
-        if namespace():
-            done = start(
-                tmp_path, "--output", "disk/run", before=f"mkdir disk; mount -t tmpfs -o size={size} tmpfs disk"
-            )
+        if may_mount():
+            mounts = f"mkdir disk; mount -t tmpfs -o size={size} tmpfs disk"
+            done = start(tmp_path, "--output", "disk/run", mounts=mounts)
         else:
             limit = f"resource.setrlimit(resource.RLIMIT_FSIZE, ({int(size[:-1]) * 40},) * 2)"
             done = start(tmp_path, "--output", "run", happening=limit)
@@ -195,7 +184,7 @@ Images.grey = deadly
     @pytest.mark.parametrize("size", ["4k", "40k"])
     def test_no_shared_memory(self, tmp_path: Path, size: str) -> None:
         """Not enough for a semaphore, or for a batch, after the first epoch."""
-        if namespace():
+        if may_mount():
             # The one that there is stays beneath.
             happening = f"""
 def then(self, trainer, module):
@@ -203,7 +192,7 @@ def then(self, trainer, module):
     subprocess.run("mount -t tmpfs -o size={size} tmpfs /dev/shm", shell=True, check=True)
 LastTwo.on_train_epoch_end = then
 """
-            done = start(tmp_path, "--output", "run", *ONE_WORKER, happening=happening, before=":")
+            done = start(tmp_path, "--output", "run", *ONE_WORKER, happening=happening, mounts=":")
         else:
             limited = """
 read = Images.grey
