@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from nni_cream.child import Child, build_network, save_network
 from nni_cream.evaluate import load_checkpoint
 from nni_cream.export import export_checkpoint
 from tests.conftest import REPOSITORY
+from tests.trials.processes import forked
 
 
 def programs_in(document: str) -> list[str]:
@@ -36,18 +38,20 @@ LESS = {
 }
 
 
-def run(program: str, check: str, folder: Path) -> None:
-    """Run a program, and then ``check`` in the same process."""
+def run(program: str, check: str, folder: Path, *, anew: bool = False) -> None:
+    """Run a program, and then ``check`` in the same process, which has imported everything unless it is ``anew``."""
     for given, less in LESS.items():
         program = program.replace(given, less)
     # As in a copy of the project.
     (folder / "experiments").symlink_to(REPOSITORY / "experiments")
     file = folder / "program.py"
     file.write_text(program + check, encoding="utf-8")
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "HOME": str(folder)}
-    done = subprocess.run(
-        [sys.executable, str(file)], cwd=folder, env=environment, capture_output=True, text=True, check=False
-    )
+    command = [sys.executable, str(file)]
+    with mock.patch.dict(os.environ, HOME=str(folder)):
+        if anew:
+            done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+        else:
+            done = forked(folder, command)
     assert done.returncode == 0, done.stderr
 
 
@@ -101,7 +105,7 @@ def test_onnx_without_this_package(found: Path) -> None:
     file = found / "runs/retrain-cream_mnist5k/model.safetensors"
     export_checkpoint(file, output=found / "model.onnx")
     Image.fromarray(np.random.RandomState(0).randint(0, 256, (32, 32, 3), dtype=np.uint8)).save(found / "image.png")
-    run(FILES[1], "np.save('logits.npy', logits)\nimport sys\nassert 'torch' not in sys.modules\n", found)
+    run(FILES[1], "np.save('logits.npy', logits)\nimport sys\nassert 'torch' not in sys.modules\n", found, anew=True)
     checkpoint = load_checkpoint(file)
     pixels = torch.tensor(np.asarray(Image.open(found / "image.png"))).permute(2, 0, 1) / 255
     # The mean and standard deviation of the data set.

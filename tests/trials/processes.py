@@ -7,11 +7,12 @@ import ctypes
 import multiprocessing
 import os
 import runpy
-import signal
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
+from typing import Any
 
 from tests.conftest import REPOSITORY
 from tests.forking import FORKING
@@ -40,9 +41,7 @@ def forked(
     with it, and can be looked at by the shell commands ``afterwards``.
     """
     with tempfile.TemporaryDirectory() as place:
-        out, err = Path(place, "out"), Path(place, "err")
-        process = FORKING.Process(target=_run, args=(full[1:], folder, dict(os.environ), out, err, mounts, afterwards))
-        process.start()
+        process, out, err = _start(folder, full, Path(place), mounts, afterwards)
         process.join(SECONDS)
         if process.is_alive():
             process.kill()
@@ -50,6 +49,17 @@ def forked(
         code = process.exitcode
         assert code is not None
         return subprocess.CompletedProcess(full, code, out.read_text("utf-8"), err.read_text("utf-8"))
+
+
+def _start(
+    folder: Path, full: list[str], place: Path, mounts: str = "", afterwards: str = ""
+) -> tuple[Any, Path, Path]:
+    """Return a process that has been started, and the files in ``place`` that it prints to."""
+    out, err = place / "out", place / "err"
+    out.touch()
+    process = FORKING.Process(target=_run, args=(full[1:], folder, dict(os.environ), out, err, mounts, afterwards))
+    process.start()
+    return process, out, err
 
 
 def _run(
@@ -94,13 +104,14 @@ def _take_mounts_of_its_own() -> None:
 
 def kill_in_epoch(epoch: int, folder: Path, name: str, *arguments: object) -> None:
     """Start a trial, and kill it when it has told of an epoch."""
-    full = command(name, *arguments)
-    with subprocess.Popen(full, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
-        assert process.stdout is not None
-        for line in process.stdout:
-            if line.startswith(f"epoch {epoch}"):
-                process.send_signal(signal.SIGKILL)
-                break
+    deadline = time.monotonic() + SECONDS
+    with tempfile.TemporaryDirectory() as place:
+        process, out, _ = _start(folder, command(name, *arguments), Path(place))
+        while process.is_alive() and f"\nepoch {epoch}," not in f"\n{out.read_text('utf-8')}":
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        process.kill()
+        process.join()
 
 
 def epochs(metrics: Path) -> list[int]:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -23,7 +21,7 @@ from nni_cream.timing import space_of
 from tests.conftest import REPOSITORY
 from tests.latency_tables import made_up
 from tests.trials.commands import Began, Ended, call
-from tests.trials.processes import kill_in_epoch
+from tests.trials.processes import forked, kill_in_epoch
 
 TINY = REPOSITORY / "tests/experiments/tiny_recipe.yml"
 
@@ -102,9 +100,7 @@ def test_a_search_keeps_to_its_milliseconds(tmp_path: Path) -> None:
     command += [word for setting in settings for word in ("--set", setting)]
 
     def run() -> str:
-        done = subprocess.run(
-            command, cwd=tmp_path, env=os.environ, capture_output=True, text=True, timeout=600, check=False
-        )
+        done = forked(tmp_path, command)
         assert done.returncode == 0, done.stderr
         return done.stdout
 
