@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import multiprocessing
 import os
 import signal
 import socket
@@ -130,6 +131,8 @@ def _child(
     steps: Connection,
 ) -> None:
     warnings.simplefilter("ignore")
+    # Its own processes are started as in a new one, and not by another server that would import everything first.
+    multiprocessing.set_start_method(None, force=True)
     os.environ.update(environment)
     folder.mkdir(parents=True, exist_ok=True)
     for stream in (1, 2):

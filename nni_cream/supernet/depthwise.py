@@ -194,13 +194,18 @@ class PointwiseConv2d(nn.Conv2d):
         few = features.shape[2] * features.shape[3] <= _FEW_PIXELS
         if features.is_cuda or (few and features.is_contiguous(memory_format=torch.channels_last)):
             return self.as_product(features)
-        return super().forward(features)
+        # Without a stride: with one, and fewer than 8 input channels in channels_last, the gradient of the weights
+        # overwrites other memory in torch 2.13 on CPUs.
+        return F.conv2d(self._seen(features), self.weight, self.bias)
 
     def as_product(self, features: Tensor) -> Tensor:
         """Convolve by a product of matrices."""
-        down, right = self.stride
-        pixels = features[:, :, ::down, ::right].permute(0, 2, 3, 1)
+        pixels = self._seen(features).permute(0, 2, 3, 1)
         return F.linear(pixels, self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
+
+    def _seen(self, features: Tensor) -> Tensor:
+        down, right = self.stride
+        return features[:, :, ::down, ::right]
 
 
 def with_explicit_derivatives(module: nn.Module) -> nn.Module:

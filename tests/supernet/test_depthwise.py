@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 from typing import Any, NamedTuple
 
 import pytest
@@ -421,3 +423,30 @@ def test_without_weights() -> None:
     (expected,) = torch.autograd.grad(everything, features, retain_graph=True)
     with without_weights():
         torch.testing.assert_close(torch.autograd.grad(everything, features)[0], expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    "built",
+    [
+        "FactorizedReduce(channels, 4, affine=True)",
+        "with_explicit_derivatives(torch.nn.Conv2d(channels, 4, 1, stride=2))",
+    ],
+)
+def test_a_reduction_of_few_channels_overwrites_no_memory(built: str) -> None:
+    """As torch does where a 1×1 convolution has stride 2; in a process of its own, which would not survive it."""
+    program = f"""
+import torch
+from nni_cream.models.darts_operations import FactorizedReduce
+from nni_cream.supernet.depthwise import with_explicit_derivatives
+
+kept = []
+for repetition in range(50):
+    for channels in (1, 2, 4, 6, 7):
+        operation = {built}.to(memory_format=torch.channels_last)
+        features = torch.randn(8, channels, 12, 12).to(memory_format=torch.channels_last)
+        operation(features).square().sum().backward()
+        kept += [torch.ones(17 + repetition) for _ in range(10)]
+assert all((tensor == 1).all() for tensor in kept)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
