@@ -379,8 +379,8 @@ def test_what_was_written_is_told(child: Path, capsys: pytest.CaptureFixture[str
     ]
 
 
-# The larger ones, and those with DARTS' twenty cells, take up to two minutes each; benchmarks/export_differences.py writes
-# all of them, at their own resolutions.
+# The larger ones, and those with DARTS' twenty cells, take up to two minutes each; benchmarks/export_differences.py
+# writes all of them, at their own resolutions.
 @pytest.mark.slow
 def test_a_published_network_can_be_written_as_onnx(tmp_path: Path) -> None:
     torch.manual_seed(0)
