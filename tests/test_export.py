@@ -33,6 +33,7 @@ from nni_cream.export import (
     print_exported,
 )
 from nni_cream.genotype import PUBLISHED_GENOTYPES, Genotype
+from nni_cream.models import cream
 from nni_cream.models.darts import Stem
 
 PATH = CreamPath.parse("[0] [0] [1,6] [2] [8] [3,9] [0]")
@@ -379,18 +380,23 @@ def test_what_was_written_is_told(child: Path, capsys: pytest.CaptureFixture[str
     ]
 
 
-# The larger ones, and those with DARTS' twenty cells, take up to two minutes each; benchmarks/export_differences.py
-# writes all of them, at their own resolutions.
+# Of DARTS' networks, which take two minutes each, one is written as it is, and the cells of all of them in small
+# networks; benchmarks/export_differences.py writes them all, at their own resolutions.
 @pytest.mark.slow
-def test_a_published_network_can_be_written_as_onnx(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", [*cream.PUBLISHED, "darts_v2_cifar10"])
+def test_published_networks_can_be_written_as_onnx(name: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
-    network = with_opinions(timm.create_model("cream_14"), 64)
+    own = {"cream_14": 64, "cream_43": 96, "darts_v2_cifar10": 32}.get(name)
+    size = own or 64
+    network = with_opinions(timm.create_model(name), size)
     torch.save(network.state_dict(), tmp_path / "published.pth")
-    exported = export_checkpoint(tmp_path / "published.pth", "cream_14")
-    assert (exported.resolution, exported.num_classes) == (64, 1000)
+    exported = export_checkpoint(tmp_path / "published.pth", name, resolution=None if own else size)
+    assert exported.resolution == size
+    assert exported.num_classes == (10 if name.endswith("cifar10") else 1000)
+    assert exported.difference <= TOLERANCE
     run, notes = reader("onnx", exported.file)
-    is_as_exact_as_with_large_logits(network, run, 64)
-    assert notes["architecture"] == "cream_14"
+    is_as_exact_as_with_large_logits(network, run, size)
+    assert notes["architecture"] == name
 
 
 @pytest.mark.slow

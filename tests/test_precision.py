@@ -151,16 +151,8 @@ def distance(found: Watch, exact: Watch, architecture: bool) -> float:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("precision", "memory_format", "execution", "kind"),
-    [
-        (*combination, kind)
-        for combination in COMBINATIONS
-        for kind in KINDS
-        # How the optimizer steps has nothing to do with how a cell is executed.
-        if kind != "textbook" or combination[-1] is None
-    ],
-)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("precision", "memory_format", "execution"), COMBINATIONS)
 def test_agrees_with_float32(kind: str, precision: str, memory_format: str, execution: Any) -> None:
     found, exact = KINDS[kind]((precision, memory_format, execution)), plainest(kind)
     weights, alphas, matching = TOLERANCE[precision]

@@ -85,7 +85,8 @@ def _run(
     try:
         runpy.run_path(words[0], run_name="__main__")
     finally:
-        subprocess.run(["sh", "-ec", afterwards], check=True)
+        if afterwards:
+            subprocess.run(["sh", "-ec", afterwards], check=True)
 
 
 def _take_mounts_of_its_own() -> None:
