@@ -10,14 +10,36 @@ import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import torch
 from timm.models._efficientnet_blocks import SqueezeExcite
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from nni_cream.errors import UserError
+
+_OPERATIONS: Final = torch.ops.aten
+_ACTIVATIONS: Final = frozenset(
+    getattr(_OPERATIONS, name).default for name in ("gelu", "hardsigmoid", "hardswish", "relu", "sigmoid", "silu")
+)
+
+
+class _ShapesAlone(TorchDispatchMode):
+    """On the meta device, answers norms and activations, which cost nothing here, by a tensor like their input.
+
+    torch takes them apart in Python there to find its shape, which takes longer than all the rest of counting.
+    """
+
+    def __torch_dispatch__(self, operation: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if args and isinstance(args[0], Tensor) and args[0].is_meta:
+            if operation in _ACTIVATIONS:
+                return torch.empty_like(args[0])
+            if operation is _OPERATIONS.native_batch_norm.default:
+                # The other two are what a pass backward would need.
+                return torch.empty_like(args[0]), args[0].new_empty(0), args[0].new_empty(0)
+        return operation(*args, **(kwargs or {}))
 
 
 @dataclass(frozen=True)
@@ -42,7 +64,7 @@ def measure(module: nn.Module, *inputs: Tensor) -> Cost:
     modes = [(part, part.training) for part in module.modules()]
     module.eval()
     try:
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        with torch.no_grad(), FlopCounterMode(display=False) as counter, _ShapesAlone():
             module(*inputs)
     finally:
         for part, training in modes:
@@ -173,7 +195,7 @@ def ptflops_macs(module: nn.Module, *inputs: Tensor) -> int:
             # timm's squeeze averages without a pooling module of its own.
             total += args[0][0].numel()
 
-    with _forward_hooks(module, count), torch.no_grad():
+    with _forward_hooks(module, count), torch.no_grad(), _ShapesAlone():
         module(*inputs)
     return total
 

@@ -76,7 +76,6 @@ def search_cream(recipe: CreamRecipe, directory: RunDirectory) -> Child:
     space = CreamSpace(plan.depths, splits.num_classes, **options)
     budget: dict[str, Any]
     if table is None:
-        refuse_unreachable(recipe.flops, plan, options, splits.num_classes)
         budget = {"flops_range": flops_range(recipe.flops)}
     else:
         budget = {"latency": latency_budget(recipe, table, space, plan)}
@@ -97,7 +96,13 @@ def search_cream(recipe: CreamRecipe, directory: RunDirectory) -> Child:
         seed=recipe.seed,
         ranking_dataloader=make_loader(splits.validation, data, recipe.device),
     )
-    initialize(strategy, space, evaluator, reporter)
+    try:
+        initialize(strategy, space, evaluator, reporter)
+    except UserError:
+        # Networks of other depths are counted only where those of the search are refused, which takes seconds.
+        if table is None:
+            refuse_unreachable(recipe.flops, plan, options, splits.num_classes)
+        raise
     claim(directory, recipe, splits)
     if table is not None and is_first():
         table.save(directory.latency)

@@ -7,8 +7,10 @@ from typing import Any
 
 import nni.nas.nn.pytorch as nas
 import pytest
+import timm
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from nni_cream.architecture import CreamPath
 from nni_cream.cost import Cost, CostTable, measure, measure_network, measure_space, ptflops_macs
@@ -92,6 +94,20 @@ class TestMeasure:
         with pytest.raises(RuntimeError):
             measure(network, torch.ones(1, 5, 4, 4))
         assert network.training
+
+    @pytest.mark.parametrize(
+        "name", ["cream_14", "efficientnet_b0", "mobilenetv3_small_050", "convnext_atto", "every layer"]
+    )
+    def test_on_meta_it_is_what_torch_counts_where_all_is_computed(self, name: str) -> None:
+        activations = [nn.GELU(), nn.Sigmoid()]
+        activations += [a(inplace) for a in (nn.Hardsigmoid, nn.Hardswish, nn.ReLU, nn.SiLU) for inplace in (0, 1)]
+        norms = [nn.BatchNorm2d(5, affine=False), nn.BatchNorm2d(5, track_running_stats=False)]
+        between = [nn.Sequential(nn.Conv2d(5, 5, 3), layer) for layer in (*activations, *norms)]
+        every = nn.Sequential(nn.Conv2d(3, 5, 1), *between, nn.Conv2d(5, 2, 1))
+        network = every if name == "every layer" else timm.create_model(name)
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            network.eval()(torch.randn(1, 3, 64, 64))
+        assert measure_network(network, 64).macs == counter.get_total_flops() / 2 > 0
 
     def test_arithmetic(self) -> None:
         assert Cost(5, 2) + Cost(3, 7) - Cost(1, 1) == Cost(7, 8)

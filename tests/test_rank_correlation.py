@@ -65,8 +65,7 @@ def searched(tmp_path_factory: pytest.TempPathFactory) -> tuple[FinishedSearch, 
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(CreamLightningModule, "_rank", watched)
-        for name in ("leave_report", "refuse_unreachable"):
-            patch.setattr(f"nni_cream.search.{name}", lambda *_: None)
+        patch.setattr("nni_cream.search.leave_report", lambda *_: None)
         search_cream(CreamRecipe.model_validate(RECIPE), RunDirectory(folder))
     return FinishedSearch.open(folder), ranking
 
