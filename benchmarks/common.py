@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import gc
+import math
 import os
 import shutil
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,27 @@ def seconds_of(work: Callable[[], Any], device: str) -> float:
     finally:
         if collects:
             gc.enable()
+
+
+def turns(most: int, seconds: float, least: int) -> Iterator[int]:
+    """Count the turns of a measurement: as many as fit into so many seconds, but not fewer than ``least``.
+
+    Args:
+        most: how many at most.
+        seconds: a turn that would not end by then, going by those before it, does not begin.
+        least: how many in any case.
+    """
+    started = time.monotonic()
+    for turn in range(most):
+        if turn >= least and (time.monotonic() - started) * (turn + 1) / turn > seconds:
+            return
+        yield turn
+
+
+def add_seconds(parser: argparse.ArgumentParser) -> None:
+    """Let a benchmark be told how long its turns may take."""
+    text = "how long the turns of each measurement may take, if that allows for the fewest (default: no limit)"
+    parser.add_argument("--seconds", type=float, default=math.inf, help=text)
 
 
 def finish(device: str) -> None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
 import statistics
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -22,7 +23,17 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
-from common import QUIET, judged, keep_compiled_convolutions, make_parser, save_result, seconds_of, table
+from common import (
+    QUIET,
+    add_seconds,
+    judged,
+    keep_compiled_convolutions,
+    make_parser,
+    save_result,
+    seconds_of,
+    table,
+    turns,
+)
 from nni.nas.evaluator.pytorch import DataLoader, Lightning, Trainer
 from nni.nas.execution import SequentialExecutionEngine
 from nni.nas.space import RawFormatModelSpace
@@ -45,6 +56,8 @@ SETTINGS = {
 # The two are compared up to this batch. Larger ones are the same code, and take minutes in double precision.
 LARGEST_COMPARED = 64
 DEPTHS = (1, 2, 2, 2, 1)
+# Turns that are made however long they take.
+FEWEST = 3
 TARGETS = {
     "step, straightforward / ours": (">=", 2.0),
     "choosing a teacher / step": ("<=", 0.15),
@@ -129,8 +142,9 @@ class State:
 class Measurement(pl.Callback):
     """Measures as soon as the board is full, and ends the search."""
 
-    def __init__(self, repetitions: int, device: str) -> None:
+    def __init__(self, repetitions: int, seconds: float, device: str) -> None:
         self.repetitions = repetitions
+        self.seconds = seconds
         self.device = device
         self.result: dict[str, Any] = {}
 
@@ -144,7 +158,7 @@ class Measurement(pl.Callback):
         seconds: dict[str, dict[str, list[float]]] = {
             kind: {part: [] for part in parts} for kind in ("ours", "straightforward")
         }
-        for turn in range(self.repetitions):
+        for turn in turns(self.repetitions, self.seconds, FEWEST):
             for kind, found in seconds.items():
                 with self._as(module, kind):
                     # Convolutions of new shapes are compiled first, which a search does once.
@@ -221,7 +235,9 @@ def _median_ratio(numerators: list[float], denominators: list[float]) -> float:
     return statistics.median(a / b for a, b in zip(numerators, denominators, strict=True))
 
 
-def measure(setting: dict[str, int], repetitions: int, precision: str, device: str) -> dict[str, Any]:
+def measure(
+    setting: dict[str, int], repetitions: int, precision: str, device: str, seconds: float = math.inf
+) -> dict[str, Any]:
     """Search until the board is full, and measure."""
     pl.seed_everything(0, verbose=False)
     size, classes = setting["batch"], setting["classes"]
@@ -231,7 +247,7 @@ def measure(setting: dict[str, int], repetitions: int, precision: str, device: s
     data = TensorDataset(images, labels)
     space = CreamSpace(DEPTHS, classes)
     space.to(memory_format=torch.channels_last)
-    measurement = Measurement(repetitions, device)
+    measurement = Measurement(repetitions, seconds, device)
     module = ImageClassifier(classes, {"opt": "sgd", "lr": 0.01, "momentum": 0.9}, {"sched": "poly", "decay_rate": 1.0})
     trainer = Trainer(
         max_epochs=20,
@@ -263,6 +279,7 @@ def main() -> None:
     """Measure, save the result, and print it as a table."""
     parser = make_parser(__doc__)
     parser.add_argument("--repetitions", type=int, default=15, help="of each measurement (default: %(default)s)")
+    add_seconds(parser)
     arguments = parser.parse_args()
     keep_compiled_convolutions()
     results: dict[str, dict[str, Any]] = {}
@@ -271,7 +288,8 @@ def main() -> None:
         results[name] = {}
         if setting["batch"] <= LARGEST_COMPARED:
             results[name]["agreement in float64"] = measure(setting, 0, "64-true", arguments.device)["agreement"]
-        seconds = measure(setting, arguments.repetitions, "32-true", arguments.device)["seconds"]
+        given = (arguments.repetitions, "32-true", arguments.device, arguments.seconds)
+        seconds = measure(setting, *given)["seconds"]
         ours, theirs = seconds["ours"], seconds["straightforward"]
         ratios = {
             "step, straightforward / ours": _median_ratio(theirs["step"], ours["step"]),
@@ -287,8 +305,8 @@ def main() -> None:
             kind: {part: _spread(times) for part, times in found.items()} for kind, found in seconds.items()
         }
     print(table(rows))
-    content = {"threads": torch.get_num_threads(), "repetitions": arguments.repetitions}
-    file = save_result("cream_step", {**content, "results": results, "table": rows}, arguments.device)
+    content = {"threads": torch.get_num_threads(), "results": results, "table": rows}
+    file = save_result("cream_step", content, arguments.device)
     print(f"written to {file}")
 
 

@@ -32,6 +32,7 @@ import torch
 import torch.nn.functional as F
 from common import (
     QUIET,
+    add_seconds,
     finish,
     judged,
     keep_compiled_convolutions,
@@ -40,6 +41,7 @@ from common import (
     save_result,
     seconds_of,
     table,
+    turns,
 )
 from exact_product import with_torch_derivatives
 from nni.nas.evaluator.pytorch import DataLoader, Lightning, LightningModule, Trainer
@@ -55,6 +57,8 @@ from search_spaces.darts import DartsSpace
 # Channels, cells, images in a batch.
 SHAPES = ((8, 5, 32), (16, 8, 8))
 CLASSES, RESOLUTION = 10, 32
+# Passes that are timed, and steps, however long they take.
+FEWEST = 2
 
 
 def nnis() -> DARTS:
@@ -122,17 +126,39 @@ class Stopwatch(Callback):
 class Pause(Callback):
     """Lets others have their turn after every step, and keeps Python's collector out of steps: it goes through all."""
 
-    def __init__(self, pause: Callable[[], None]) -> None:
+    def __init__(self, pause: Callable[[], None], rounds: Rounds) -> None:
         self._pause = pause
+        self._rounds = rounds
 
     def on_train_batch_start(self, *_: Any) -> None:
         """Begin a turn."""
         gc.disable()
 
-    def on_train_batch_end(self, *_: Any) -> None:
+    def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """End it."""
         gc.enable()
+        trainer.should_stop = self._rounds.ends_after(batch_idx)
         self._pause()
+
+
+class Rounds:
+    """Lets all that take turns end after the same turn.
+
+    Args:
+        most: how many turns at most.
+        seconds: how long they may take.
+    """
+
+    def __init__(self, most: int, seconds: float) -> None:
+        self._turns = turns(most, seconds, FEWEST + 1)
+        next(self._turns)
+        self._last: list[bool] = []
+
+    def ends_after(self, turn: int) -> bool:
+        """Tell whether no turn follows; the first to ask decides for all."""
+        if turn == len(self._last):
+            self._last.append(next(self._turns, None) is None)
+        return self._last[turn]
 
 
 def take_turns(works: Mapping[str, Callable[[Callable[[], None]], Any]]) -> dict[str, Any]:
@@ -272,18 +298,20 @@ def median_ratios(seconds: Mapping[str, Sequence[float]], what: str, reference: 
     }
 
 
-def measure(shape: tuple[int, int, int], repeats: int, steps: int, device: str) -> dict[str, Any]:
+def measure(shape: tuple[int, int, int], repeats: int, steps: int, seconds: float, device: str) -> dict[str, Any]:
     """Measure everything at one shape."""
     functions = passes(shape, device)
     timed: dict[str, list[float]] = {name: [] for name in functions}
-    for _ in range(repeats):
+    for _ in turns(repeats, seconds, FEWEST):
         for name, function in functions.items():
             timed[name].append(seconds_of(function, device))
+
+    rounds = Rounds(steps, seconds)
 
     def searching(kind: str, pause: Callable[[], None]) -> list[float]:
         # NNI's own strategy as its users have it.
         memory_format = torch.contiguous_format if STEPS[kind] is nnis else torch.channels_last
-        return search(kind, shape, memory_format, steps, device, callbacks=[Pause(pause)])
+        return search(kind, shape, memory_format, steps, device, callbacks=[Pause(pause, rounds)])
 
     searched = take_turns({kind: partial(searching, kind) for kind in STEPS})
     kinds = ("first order", "finite difference", "exact")
@@ -309,12 +337,14 @@ def main() -> None:
     parser = make_parser(__doc__)
     parser.add_argument("--repeats", type=int, default=7, help="forward and backward passes of each kind")
     parser.add_argument("--steps", type=int, default=8, help="steps of a search, of which the first does not count")
+    add_seconds(parser)
     arguments = parser.parse_args()
     keep_compiled_convolutions()
     be_quiet()
     results = []
     for shape in SHAPES:
-        results.append(measure(shape, arguments.repeats, arguments.steps, arguments.device))
+        given = (arguments.repeats, arguments.steps, arguments.seconds, arguments.device)
+        results.append(measure(shape, *given))
     rows = {"{channels} channels, {cells} cells, batch {batch}".format(**r["shape"]): r["ratios"] for r in results}
     print(table(rows))
     file = save_result(
@@ -323,8 +353,6 @@ def main() -> None:
             "what": "fused execution of DARTS cells; medians of the ratios of all turns, and ratios of MiB",
             "resolution": RESOLUTION,
             "threads": torch.get_num_threads(),
-            "repeats": arguments.repeats,
-            "steps": arguments.steps,
             "results": results,
             "table": rows,
         },

@@ -24,9 +24,9 @@ MOVING: dict[str, Any] = {"data.augmentation": {"crop_padding": 2, "hflip": 0.5,
 SEARCHES: dict[str, tuple[str, dict[str, Any], int | None]] = {
     "cream_mnist5k": ("cream_mnist5k", {"cream.warmup_epochs": 1}, None),
     "cream_mnist5k, a worker": ("cream_mnist5k", {"cream.warmup_epochs": 1, "data.workers": 1}, None),
-    "darts_mnist5k": ("darts_mnist5k", {}, 10),
-    "darts_mnist5k, moved": ("darts_mnist5k", MOVING, 10),
-    "darts_mnist5k, moved, not resident": ("darts_mnist5k", {**MOVING, "data.resident": False}, 10),
+    "darts_mnist5k": ("darts_mnist5k", {}, 6),
+    "darts_mnist5k, moved": ("darts_mnist5k", MOVING, 6),
+    "darts_mnist5k, moved, not resident": ("darts_mnist5k", {**MOVING, "data.resident": False}, 6),
 }
 
 

@@ -20,7 +20,17 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from common import ROOT, judged, keep_compiled_convolutions, make_parser, save_result, seconds_of, table
+from common import (
+    ROOT,
+    add_seconds,
+    judged,
+    keep_compiled_convolutions,
+    make_parser,
+    save_result,
+    seconds_of,
+    table,
+    turns,
+)
 from matplotlib.figure import Figure
 from torch import nn
 
@@ -45,6 +55,8 @@ KINDS = ("first order", "finite difference", "exact")
 ENTRY_IMAGES = 4
 # For caches that a size has outgrown, and for noise.
 TOLERANCE = 0.25
+# Turns that count however long they take.
+FEWEST = 2
 
 Work = Callable[[], Any]
 
@@ -119,10 +131,17 @@ def series(device: str) -> dict[tuple[str, str], dict[int, Work]]:
     return found
 
 
-def timed(works: Mapping[int, Work], repeats: int, device: str) -> dict[int, list[float]]:
-    """Return the seconds of every size, which take turns, after one turn that does not count."""
+def timed(works: Mapping[int, Work], repeats: int, limit: float, device: str) -> dict[int, list[float]]:
+    """Return the seconds of every size, which take turns, after one turn that does not count.
+
+    Args:
+        works: by size.
+        repeats: how many turns count at most.
+        limit: how many seconds they may take.
+        device: where they run.
+    """
     seconds: dict[int, list[float]] = {size: [] for size in works}
-    for turn in range(repeats + 1):
+    for turn in turns(repeats + 1, limit, FEWEST + 1):
         for size, work in works.items():
             taken = seconds_of(work, device)
             if turn:
@@ -158,10 +177,12 @@ def main() -> None:
     """Measure, save the result, draw it, and print it as a table."""
     parser = make_parser(__doc__)
     parser.add_argument("--repeats", type=int, default=3, help="of each measurement (default: %(default)s)")
+    add_seconds(parser)
     arguments = parser.parse_args()
     keep_compiled_convolutions()
     device = arguments.device
-    seconds = {names: timed(works, arguments.repeats, device) for names, works in series(device).items()}
+    given = (arguments.repeats, arguments.seconds, device)
+    seconds = {names: timed(works, *given) for names, works in series(device).items()}
     medians = {
         names: {size: statistics.median(values) for size, values in found.items()} for names, found in seconds.items()
     }
@@ -173,7 +194,7 @@ def main() -> None:
     if device == "cpu":
         draw(medians)
     every = {f"{step}, {varied}": found for (step, varied), found in seconds.items()}
-    content = {"threads": torch.get_num_threads(), "repeats": arguments.repeats, "seconds": every, "table": rows}
+    content = {"threads": torch.get_num_threads(), "seconds": every, "table": rows}
     print(f"written to {save_result('scaling', content, device)}")
 
 

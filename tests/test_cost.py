@@ -109,6 +109,10 @@ class TestMeasure:
             network.eval()(torch.randn(1, 3, 64, 64))
         assert measure_network(network, 64).macs == counter.get_total_flops() / 2 > 0
 
+    def test_a_norm_of_another_number_of_channels_is_refused_on_meta_too(self) -> None:
+        with pytest.raises(UserError, match=r"cannot take images of 8 pixels"):
+            measure_network(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(5)), 8)
+
     def test_arithmetic(self) -> None:
         assert Cost(5, 2) + Cost(3, 7) - Cost(1, 1) == Cost(7, 8)
 
