@@ -2,7 +2,8 @@
 
     python benchmarks/run_all.py
 
-Takes less than a quarter of an hour on two cores, which nothing else should use meanwhile.
+Takes less than a quarter of an hour on two cores, which nothing else should use meanwhile: where time is short, what is
+compared takes fewer turns.
 """
 
 from __future__ import annotations
