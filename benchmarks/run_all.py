@@ -2,8 +2,8 @@
 
     python benchmarks/run_all.py
 
-Takes less than a quarter of an hour on two cores, which nothing else should use meanwhile: where time is short, what is
-compared takes fewer turns.
+Takes about a quarter of an hour on two cores, which nothing else should use meanwhile, and a few minutes more on slow
+ones: where time is short, what is compared takes fewer turns, but some in any case.
 """
 
 from __future__ import annotations
