@@ -128,6 +128,11 @@ def finish(device: str) -> None:
         torch.cuda.synchronize()
 
 
+def with_repetitions(values: Sequence[float], **about: float) -> dict[str, Any]:
+    """Return values with their number, their median, and what else is to be said of them."""
+    return {"repetitions": len(values), "median": statistics.median(values), **about, "all": values}
+
+
 def mean_and_spread(values: Sequence[float]) -> dict[str, float]:
     """Return mean and standard deviation (n − 1)."""
     return {"mean": statistics.mean(values), "sd": statistics.stdev(values) if len(values) > 1 else 0.0}

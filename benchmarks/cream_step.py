@@ -33,6 +33,7 @@ from common import (
     seconds_of,
     table,
     turns,
+    with_repetitions,
 )
 from nni.nas.evaluator.pytorch import DataLoader, Lightning, Trainer
 from nni.nas.execution import SequentialExecutionEngine
@@ -228,7 +229,7 @@ class Measurement(pl.Callback):
 
 def _spread(values: list[float]) -> dict[str, Any]:
     quartiles = statistics.quantiles(values, n=4)
-    return {"median": statistics.median(values), "quartile range": quartiles[2] - quartiles[0], "all": values}
+    return with_repetitions(values, **{"quartile range": quartiles[2] - quartiles[0]})
 
 
 def _median_ratio(numerators: list[float], denominators: list[float]) -> float:

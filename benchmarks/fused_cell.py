@@ -42,6 +42,7 @@ from common import (
     seconds_of,
     table,
     turns,
+    with_repetitions,
 )
 from exact_product import with_torch_derivatives
 from nni.nas.evaluator.pytorch import DataLoader, Lightning, LightningModule, Trainer
@@ -324,7 +325,7 @@ def measure(shape: tuple[int, int, int], repeats: int, steps: int, seconds: floa
     return {
         "shape": dict(zip(("channels", "cells", "batch"), shape, strict=True)),
         "seconds": {
-            name: {"median": statistics.median(seconds), **mean_and_spread(seconds), "all": seconds}
+            name: with_repetitions(seconds, **mean_and_spread(seconds))
             for name, seconds in {**timed, **{f"step, {kind}": times for kind, times in searched.items()}}.items()
         },
         "memory_mib": memory,

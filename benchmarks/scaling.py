@@ -26,10 +26,12 @@ from common import (
     judged,
     keep_compiled_convolutions,
     make_parser,
+    mean_and_spread,
     save_result,
     seconds_of,
     table,
     turns,
+    with_repetitions,
 )
 from matplotlib.figure import Figure
 from torch import nn
@@ -193,7 +195,12 @@ def main() -> None:
     print(table(rows))
     if device == "cpu":
         draw(medians)
-    every = {f"{step}, {varied}": found for (step, varied), found in seconds.items()}
+    every = {
+        f"{step}, {varied}": {
+            size: with_repetitions(values, **mean_and_spread(values)) for size, values in found.items()
+        }
+        for (step, varied), found in seconds.items()
+    }
     content = {"threads": torch.get_num_threads(), "seconds": every, "table": rows}
     print(f"written to {save_result('scaling', content, device)}")
 
