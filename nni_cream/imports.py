@@ -1,16 +1,37 @@
-"""Python files of your own that a command runs before anything else, such as one that registers operations."""
+"""What a command imports: files of your own, such as one that registers operations, and all that comes with torch."""
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import sys
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
 from nni_cream.errors import UserError
 
 _IMPORTED: Final[list[Path]] = []
+
+
+@contextmanager
+def large_imports() -> Iterator[None]:
+    """Import torch inside, and what needs it, with Python's collector of garbage at rest.
+
+    A million objects are made that stay as long as the process. To look for garbage among them again and again takes a
+    quarter of all the time; and later it would be looked for among them too, so they are frozen.
+    """
+    if "torch" in sys.modules or not gc.isenabled():
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def import_file(name: str) -> Path:

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import gc
 import re
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +12,7 @@ import pytest
 from nni_cream import imports
 from nni_cream.cli import Parser, add_import
 from nni_cream.errors import UserError
-from nni_cream.imports import import_file, import_options
+from nni_cream.imports import import_file, import_options, large_imports
 from tests.trials.commands import call
 
 
@@ -96,3 +98,43 @@ def test_every_command_that_builds_networks_takes_it(command: str, tmp_path: Pat
     ended = call(command, "--import", "of_mine.py", folder=tmp_path)
     assert ended.sentence() == "of_mine.py cannot be imported, because of line 1: ValueError: so far."
     assert [file.name for file in tmp_path.iterdir() if file.name != "__pycache__"] == ["of_mine.py"]
+
+
+class TestLargeImports:
+    @pytest.mark.parametrize("fails", [False, True])
+    def test_collect_no_garbage_until_they_end(self, fails: bool, repository: Path) -> None:
+        program = f"""
+import contextlib, gc
+from nni_cream.imports import large_imports
+collections = []
+with contextlib.suppress(ZeroDivisionError), large_imports():
+    gc.callbacks.append(lambda phase, about: collections.append(about["generation"]))
+    import torch
+    assert not collections and not gc.isenabled()
+    1 / {0 if fails else 1}
+assert gc.isenabled() and gc.get_freeze_count() > 100_000
+loop = []
+loop.append(loop)
+del loop
+assert gc.collect() and collections
+"""
+        subprocess.run([sys.executable, "-c", program], check=True, cwd=repository)
+
+    def test_leave_a_process_alone_that_has_torch(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setitem(sys.modules, "torch", sys)
+        frozen = gc.get_freeze_count()
+        with large_imports():
+            assert gc.isenabled()
+        assert gc.isenabled()
+        assert gc.get_freeze_count() == frozen
+
+    def test_leave_off_what_was_off(self, repository: Path) -> None:
+        program = """
+import gc
+from nni_cream.imports import large_imports
+gc.disable()
+with large_imports():
+    pass
+assert not gc.isenabled() and not gc.get_freeze_count()
+"""
+        subprocess.run([sys.executable, "-c", program], check=True, cwd=repository)

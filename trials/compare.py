@@ -19,6 +19,7 @@ from nni_cream.child import Child
 from nni_cream.cli import make_parser, overrides_of, refuse_nni, refuse_twice, run
 from nni_cream.errors import UserError
 from nni_cream.genotype import Genotype
+from nni_cream.imports import large_imports
 from nni_cream.recipe import CreamRecipe, RetrainRecipe
 from nni_cream.recipe_files import load_recipe
 from nni_cream.runs import RunDirectory, newest_search
@@ -61,7 +62,8 @@ def main() -> None:
     search = None if genotype else load_recipe(CreamRecipe, file.with_name("recipe.yml"), {})
     folder = RunDirectory.for_run(recipe.name, arguments.output).path
 
-    from nni_cream.compare import compare, kept_table, line_up, refuse_unfit, table
+    with large_imports():
+        from nni_cream.compare import compare, kept_table, line_up, refuse_unfit, table
 
     latency = None if search is None else kept_table(search, RunDirectory(file.parent))
     contestants = line_up(child, search, data.resolution, arguments.random, arguments.networks, 0, latency)

@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from nni_cream.cli import Parser, add_checkpoint_options, add_import, checkpoint_of, refuse_unwritable, run
+from nni_cream.imports import large_imports
 
 
 def main() -> None:
@@ -32,7 +33,8 @@ def main() -> None:
     arguments = parser.parse_args()
     file = checkpoint_of(arguments)
 
-    from nni_cream.export import export_checkpoint, file_beside, print_exported
+    with large_imports():
+        from nni_cream.export import export_checkpoint, file_beside, print_exported
 
     refuse_unwritable(arguments.output or file_beside(file, arguments.format))
     print(f"Exporting {file}.", flush=True)

@@ -18,6 +18,7 @@ sys.path.insert(0, str(ROOT))
 
 from nni_cream.cli import make_settings_parser, refuse_unwritable, run, settings_of
 from nni_cream.errors import UserError
+from nni_cream.imports import large_imports
 from nni_cream.recipe import CreamRecipe
 from nni_cream.recipe_files import load_recipe
 
@@ -58,7 +59,8 @@ def main() -> None:
     recipe = load_recipe(CreamRecipe, arguments.recipe, settings_of(arguments))
     refuse_unwritable(arguments.output)
 
-    from nni_cream.timing import measure_latency, print_latency, space_of
+    with large_imports():
+        from nni_cream.timing import measure_latency, print_latency, space_of
 
     space, resolution = space_of(recipe, arguments.classes)
     print(f"Measuring blocks and {2 * arguments.children} networks, with images of {resolution} pixels.", flush=True)

@@ -22,6 +22,7 @@ sys.path.insert(0, str(ROOT))
 
 from nni_cream.cli import make_settings_parser, open_run, overrides_of, refuse_twice, run
 from nni_cream.errors import UserError
+from nni_cream.imports import large_imports
 from nni_cream.recipe import RetrainRecipe
 from nni_cream.recipe_files import load_recipe
 from nni_cream.runs import RUNS
@@ -84,17 +85,18 @@ def main() -> None:
         )
     folder = arguments.output or RUNS / recipe.name
 
-    from nni_cream.rank_correlation import (
-        FinishedSearch,
-        complete_data,
-        count_shared,
-        count_test_images,
-        draw_samples,
-        plan_trainings,
-        put_together,
-    )
-    from nni_cream.retrain import retrain
-    from nni_cream.side_by_side import share_cores, train_all
+    with large_imports():
+        from nni_cream.rank_correlation import (
+            FinishedSearch,
+            complete_data,
+            count_shared,
+            count_test_images,
+            draw_samples,
+            plan_trainings,
+            put_together,
+        )
+        from nni_cream.retrain import retrain
+        from nni_cream.side_by_side import share_cores, train_all
 
     searches = [FinishedSearch.open(search) for search in arguments.search]
     samples = draw_samples(searches, arguments.paths, arguments.seed)

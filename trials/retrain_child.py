@@ -26,6 +26,7 @@ from nni_cream.child import Candidate
 from nni_cream.cli import make_parser, open_run, overrides_of, refuse_nni, refuse_twice, run
 from nni_cream.errors import UserError
 from nni_cream.genotype import Genotype
+from nni_cream.imports import large_imports
 from nni_cream.recipe import RetrainRecipe
 from nni_cream.recipe_files import load_recipe
 from nni_cream.runs import RunDirectory, newest_search
@@ -87,7 +88,8 @@ def main() -> None:
     recipe = load_recipe(RetrainRecipe, file, overrides)
     directory = open_run(recipe, arguments.output)
 
-    from nni_cream.retrain import retrain
+    with large_imports():
+        from nni_cream.retrain import retrain
 
     retrain(recipe, candidate, directory)
 
@@ -109,8 +111,9 @@ def train_seeds(
         raise UserError(f"{folder} holds a training of one seed; choose another folder with --name.")
     runs = [(recipe, open_run(recipe, folder / f"seed{recipe.seed}")) for recipe in recipes]
 
-    from nni_cream.retrain import refuse_another_training
-    from nni_cream.seeds import retrain_seeds
+    with large_imports():
+        from nni_cream.retrain import refuse_another_training
+        from nni_cream.seeds import retrain_seeds
 
     for recipe, directory in runs:
         refuse_another_training(recipe, candidate, directory)

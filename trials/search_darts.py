@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from nni_cream.cli import make_parser, open_run, overrides_of, run
+from nni_cream.imports import large_imports
 from nni_cream.recipe import DartsRecipe
 from nni_cream.recipe_files import load_recipe
 
@@ -27,7 +28,8 @@ def main() -> None:
     recipe = load_recipe(DartsRecipe, arguments.recipe, overrides_of(arguments))
     directory = open_run(recipe, arguments.output)
 
-    from nni_cream.search_darts import search_darts
+    with large_imports():
+        from nni_cream.search_darts import search_darts
 
     search_darts(recipe, directory)
 

@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from nni_cream.cli import add_checkpoint_options, checkpoint_of, make_settings_parser, run, settings_of
+from nni_cream.imports import large_imports
 from nni_cream.recipe import EvaluationRecipe
 from nni_cream.recipe_files import load_recipe
 
@@ -29,7 +30,8 @@ def main() -> None:
     recipe = load_recipe(EvaluationRecipe, arguments.recipe, settings_of(arguments))
     file = checkpoint_of(arguments)
 
-    from nni_cream.evaluate import evaluate, print_evaluation
+    with large_imports():
+        from nni_cream.evaluate import evaluate, print_evaluation
 
     print(f"Testing {file}.", flush=True)
     print_evaluation(evaluate(recipe, file, arguments.model, use_ema=arguments.weights == "ema"))
