@@ -12,6 +12,7 @@ the same data set has trained on, as long as its ``Fractions.test`` is no larger
 from __future__ import annotations
 
 import logging
+import random
 import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -29,6 +30,7 @@ from timm.data.transforms_factory import create_transform
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision import transforms
+from torchvision.transforms.functional import pil_modes_mapping
 
 from nni_cream._data_sources import OF_FILES, STATISTICS, Images, Source, load_source
 from nni_cream.cutout import Cutout
@@ -51,9 +53,21 @@ _DEFAULT_FRACTIONS: Final = Fractions()
 _INTERPOLATIONS: Final = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos", "random")
 _RE_MODES: Final = ("const", "rand", "pixel")
 
+
+class _Crop(RandomResizedCropAndInterpolation):
+    """timm's random crop of Pillow's images, by Pillow itself: torchvision's checks take as long as a small image."""
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        top, left, height, width = self.get_params(image, self.scale, self.ratio)
+        several = isinstance(self.interpolation, (tuple, list))
+        interpolation = random.choice(self.interpolation) if several else self.interpolation
+        cropped = image.crop((left, top, left + width, top + height))
+        return cropped.resize(self.size[::-1], pil_modes_mapping[interpolation])
+
+
 # What only moves pixels, and so does the same in every channel.
 _MOVING: Final = (
-    RandomResizedCropAndInterpolation,
+    _Crop,
     transforms.CenterCrop,
     transforms.RandomCrop,
     transforms.RandomHorizontalFlip,
@@ -149,8 +163,9 @@ def _only_moves(transform: Any) -> bool:
 
 def _tensors(images: Sequence[Image.Image], normalises: Callable[[Tensor], Tensor]) -> Sequence[Tensor]:
     """Return what ``MaybeToTensor`` and the norm make of images, in RGB; one by one, it takes longer than all else."""
-    pixels = torch.from_numpy(np.stack([np.asarray(image) for image in images]))
-    pixels = pixels[:, None] if pixels.ndim == 3 else pixels.permute(0, 3, 1, 2)
+    pixels = torch.frombuffer(bytearray().join(image.tobytes() for image in images), dtype=torch.uint8)
+    first = images[0]
+    pixels = pixels.view(len(images), first.height, first.width, len(first.getbands())).permute(0, 3, 1, 2)
     scaled = pixels.to(torch.get_default_dtype(), memory_format=torch.contiguous_format).div(255)
     return normalises(scaled.expand(-1, 3, -1, -1)).unbind()
 
@@ -345,10 +360,19 @@ def _transforms(source: Source, augmentation: Augmentation, resolution: int) -> 
         crops = transforms.CenterCrop(resolution), transforms.RandomCrop(resolution, padding)
         training = transforms.Compose([resize, *crops, *training.transforms[1:]])
     # timm's way not to vary colours does nothing, slowly.
-    training = transforms.Compose([step for step in training.transforms if not _keeps_colours(step)])
+    steps = [_as_fast(step) for step in training.transforms if not _keeps_colours(step)]
+    training = transforms.Compose(steps)
     if cutout is not None:
         training = transforms.Compose([*training.transforms, Cutout(cutout)])
     return training, create_transform(**prepared)
+
+
+def _as_fast(step: Any) -> Any:
+    if type(step) is not RandomResizedCropAndInterpolation:
+        return step
+    crop = _Crop(step.size, step.scale, step.ratio)
+    crop.interpolation = step.interpolation
+    return crop
 
 
 def _keeps_colours(step: Any) -> bool:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from timm.data.transforms_factory import create_transform
 from torch import Tensor
 from torchvision import transforms
 
@@ -147,6 +148,18 @@ class TestAugmentation:
         assert all(9 <= area <= 36 for area in holes.sum((1, 2)).tolist())
         assert torch.equal(cut, torch.where(holes[:, None], torch.zeros(()), whole))
         assert torch.equal(drawn(splits.test, range(5)), drawn(load_data("digits", resolution=12).test, range(5)))
+
+    @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic", "random"])
+    @pytest.mark.parametrize("more", [{}, {"hflip": 0.5, "color_jitter": 0.4}], ids=["grey", "coloured"])
+    def test_images_are_those_of_timm(self, interpolation: str, more: dict[str, Any]) -> None:
+        given: Any = {"scale": (0.3, 1.0), "ratio": (0.5, 2.0), "interpolation": interpolation, "color_jitter": 0.0}
+        splits = load_data("digits", resolution=12, augmentation=Augmentation(**(given | more)))
+        of_timm = create_transform(
+            (3, 12, 12), is_training=True, mean=splits.mean, std=splits.std, **({"hflip": 0.0} | given | more)
+        )
+        # In a function, of which nobody knows that it could be done faster.
+        timms = LabelledImages(splits.weights.images, splits.weights.indices, lambda image: of_timm(image))
+        assert torch.equal(drawn(splits.weights, range(50)), drawn(timms, range(50)))
 
     def test_every_field_is_tested(self) -> None:
         tested = {
