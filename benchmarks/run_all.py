@@ -31,9 +31,11 @@ def main() -> None:
     started = time.monotonic()
     rows = {}
     for name, arguments in SCRIPTS.items():
-        print(f"benchmarks/{name}.py ...", flush=True)
+        print(f"benchmarks/{name}.py ...", end=" ", flush=True)
+        begun = time.monotonic()
         script = ROOT / "benchmarks" / f"{name}.py"
         subprocess.run([sys.executable, script, "--device", device, *arguments], check=True, stdout=subprocess.DEVNULL)
+        print(f"{time.monotonic() - begun:.0f} s", flush=True)
         rows |= read_json(result_file(name, device), "result of a benchmark")["table"]
     print(table(rows))
     print(f"{(time.monotonic() - started) / 60:.0f} minutes")
