@@ -18,7 +18,7 @@ from nni_cream.runs import read_json
 
 # The scripts, and how much time each may take: slow machines make fewer turns.
 SCRIPTS = {
-    "fused_cell": ("--repeats", "4", "--steps", "5", "--seconds", "70"),
+    "fused_cell": ("--repeats", "4", "--steps", "5", "--seconds", "60"),
     "cream_step": ("--repetitions", "6", "--seconds", "40"),
     "scaling": ("--repeats", "3", "--seconds", "12"),
     "input_share": (),

@@ -52,7 +52,7 @@ SIZES: dict[str, tuple[tuple[int, ...], int]] = {
     "board entries": ((2, 4, 8, 16), 1),
 }
 # Where nothing else is said.
-BATCH, CHANNELS, CELLS, RESOLUTION, CLASSES = 16, 8, 3, 16, 10
+BATCH, CHANNELS, CELLS, RESOLUTION, CLASSES = 8, 8, 3, 16, 10
 KINDS = ("first order", "finite difference", "exact")
 ENTRY_IMAGES = 4
 # For caches that a size has outgrown, and for noise.

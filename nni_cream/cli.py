@@ -273,7 +273,7 @@ def run(main: Callable[[], None], *, goes_on: bool = True) -> None:
         sys.exit(2)
     except Exception as error:
         unread = is_broken_pipe(error) and any(map(_is_unread, (sys.stdout, sys.stderr)))
-        trouble = sentence_of(error)
+        trouble = sentence_of(error, goes_on)
         if trouble is None and not unread:
             raise
         # What was half built complains once more when it is collected, as torch's data loader does.

@@ -11,8 +11,6 @@ from typing import Final
 
 from nni_cream.errors import TrainingError
 
-_GOES_ON: Final = "the same command goes on from the last checkpoint"
-
 # What the machine does not let us do, whatever the command says. Other errors of this kind are faults of ours.
 _OF_THE_MACHINE: Final = frozenset(
     {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR}
@@ -46,9 +44,14 @@ def named_batch(batch_size: int, devices: int = 1) -> Iterator[None]:
         ) from raised
 
 
-def sentence_of(error: BaseException) -> str | None:
-    """Return what has happened to the machine, and how to go on; None if ``error`` has no cause of that kind."""
-    return next((sentence for cause in _causes(error) if (sentence := _sentence(cause)) is not None), None)
+def sentence_of(error: BaseException, goes_on: bool = True) -> str | None:
+    """Return what has happened to the machine, and what to do; None if ``error`` has no cause of that kind.
+
+    Args:
+        error: what a command has ended with.
+        goes_on: whether the same command goes on where it was.
+    """
+    return next((sentence for cause in _causes(error) if (sentence := _sentence(cause, goes_on)) is not None), None)
 
 
 def is_broken_pipe(error: BaseException) -> bool:
@@ -63,26 +66,28 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or error.__context__
 
 
-def _sentence(error: BaseException) -> str | None:
+def _sentence(error: BaseException, goes_on: bool) -> str | None:
     text = _first_line(error)
+    again = "the same command goes on from the last checkpoint" if goes_on else "run the command again"
+    new, name = ("begin a new run ", " --name …") if goes_on else ("", "")
     if _lacks_memory(error):
         return f"There is not enough memory: {text}."
     if isinstance(error, RuntimeError | OSError) and _lacks_shared_memory(error):
         return (
             f"The processes of the data loader have too little shared memory, /dev/shm ({text}); make it larger "
-            f"(docker run --shm-size=8g), and {_GOES_ON}, or begin a new run with --set data.workers=0 --name …."
+            f"(docker run --shm-size=8g), and {again}, or {new}with --set data.workers=0{name}."
         )
     if _lacks_a_worker(error):
         return (
-            f"A process of the data loader has ended ({text}), perhaps for want of memory; {_GOES_ON}, or begin a new "
-            "run with fewer of them: --set data.workers=… --name …."
+            f"A process of the data loader has ended ({text}), perhaps for want of memory; {again}, or {new}with "
+            f"fewer of them: --set data.workers=…{name}."
         )
     if isinstance(error, OSError) and error.errno in _OF_THE_MACHINE:
         # Of a copy, the second name is where it goes.
         place = error.filename2 or error.filename or "A file of the run directory"
         if isinstance(place, bytes):
             place = place.decode(errors="replace")
-        remedy = f"make room, and {_GOES_ON}" if error.errno in _FULL else f"once that is repaired, {_GOES_ON}"
+        remedy = f"make room, and {again}" if error.errno in _FULL else f"once that is repaired, {again}"
         verb = "written" if error.errno in _FULL else "used"
         return f"{place} cannot be {verb}: {error.strerror}; {remedy}."
     return None

@@ -408,16 +408,17 @@ def test_what_keeps_no_checkpoints_does_not_go_on(monkeypatch: pytest.MonkeyPatc
     [OSError(errno.ENOSPC, "No space left on device", "a/b"), MemoryError("too much"), torch.OutOfMemoryError("CUDA")],
     ids=lambda error: type(error).__name__,
 )
+@pytest.mark.parametrize("goes_on", [True, False])
 def test_trouble_of_the_machine_is_a_sentence_and_no_success(
-    capsys: pytest.CaptureFixture[str], error: Exception
+    capsys: pytest.CaptureFixture[str], error: Exception, goes_on: bool
 ) -> None:
     def main() -> None:
         raise error
 
     with pytest.raises(SystemExit) as caught:
-        run(main)
+        run(main, goes_on=goes_on)
     assert caught.value.code == 1
-    assert capsys.readouterr().err == f"error: {sentence_of(error)}\n"
+    assert capsys.readouterr().err == f"error: {sentence_of(error, goes_on)}\n"
 
 
 def test_a_failed_training_is_no_success(capsys: pytest.CaptureFixture[str]) -> None:

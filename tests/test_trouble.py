@@ -81,6 +81,24 @@ def test_trouble_of_the_machine_is_a_sentence(error: Exception, expected: str) -
 
 
 @pytest.mark.parametrize(
+    ("error", "end"),
+    [
+        (OSError(errno.ENOSPC, "No space left", "a"), "cannot be written: No space left; make room, and run the command"),
+        (OSError(errno.EROFS, "Read-only", "a"), "cannot be used: Read-only; once that is repaired, run the command"),
+        (RuntimeError(KILLED), "perhaps for want of memory; run the command again, or with fewer of them: --set data.w"),
+        (RuntimeError(BUS), "(docker run --shm-size=8g), and run the command again, or with --set data.workers=0."),
+    ],
+    ids=str,
+)
+def test_a_command_that_begins_anew_is_not_said_to_go_on(error: Exception, end: str) -> None:
+    sentence = str(sentence_of(error, goes_on=False))
+    assert end in sentence
+    assert "goes on" not in sentence
+    assert "--name" not in sentence
+    assert "goes on from the last checkpoint" in str(sentence_of(error))
+
+
+@pytest.mark.parametrize(
     "error",
     [RuntimeError("mat1 and mat2 shapes cannot be multiplied"), FileNotFoundError(errno.ENOENT, "x"), KeyError()],
 )
