@@ -83,9 +83,9 @@ def test_trouble_of_the_machine_is_a_sentence(error: Exception, expected: str) -
 @pytest.mark.parametrize(
     ("error", "end"),
     [
-        (OSError(errno.ENOSPC, "No space left", "a"), "cannot be written: No space left; make room, and run the command"),
+        (OSError(errno.ENOSPC, "No space left", "a"), "cannot be written: No space left; make room, and run the com"),
         (OSError(errno.EROFS, "Read-only", "a"), "cannot be used: Read-only; once that is repaired, run the command"),
-        (RuntimeError(KILLED), "perhaps for want of memory; run the command again, or with fewer of them: --set data.w"),
+        (RuntimeError(KILLED), "perhaps for want of memory; run the command again, or with fewer of them: --set data"),
         (RuntimeError(BUS), "(docker run --shm-size=8g), and run the command again, or with --set data.workers=0."),
     ],
     ids=str,
