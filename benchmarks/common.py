@@ -153,7 +153,7 @@ def table(rows: Mapping[str, Mapping[str, dict[str, Any]]]) -> str:
     for setting, ratios in rows.items():
         for what, found in ratios.items():
             judgement = f"{found.get('target', '')} | {found.get('verdict', '')}"
-            lines.append(f"| {setting} | {what} | {found['ratio']:.2f} | {judgement} |")
+            lines.append(f"| {setting} | {what} | {found['ratio']:.2f} | {judgement}")
     return "\n".join(lines)
 
 

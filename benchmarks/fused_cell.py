@@ -1,15 +1,17 @@
 """Time the fused execution of DARTS cells against the textbook's, and a search's steps against each other and NNI's.
 
-    python benchmarks/fused_cell.py
+    python benchmarks/fused_cell.py            # what has targets
+    python benchmarks/fused_cell.py --more     # also NNI's search and the textbook's cells with our convolutions
 
 All that is compared takes turns in one process, in float32: pass by pass, and step by step. A ratio is the median of
 those of all turns, so that a host that is slow for a while slows both sides of it. *Forward and backward* gives the
 gradients in all weights and α. The reference of its target is the textbook execution with PyTorch's own convolutions,
-contiguous in memory, as published; the package's textbook execution, channels last, whose depthwise convolutions have
-derivatives of their own, stands beside it. *Steps* are timed inside a training by NNI's evaluator and engine: of NNI's
-``DARTS``, and of ``DartsStrategy``. NNI's searches the same space with PyTorch's own convolutions, contiguous, as it
-does for who has not got this package; what it takes with our convolutions stands beside it. *Memory* is by how much the
-peak of the resident memory of a new process rises in two steps; on a GPU, the peak of what torch has allocated there.
+contiguous in memory, as published; ``--more`` also times the package's textbook execution, channels last, whose
+depthwise convolutions have derivatives of their own. *Steps* are timed inside a training by NNI's evaluator and
+engine: of NNI's ``DARTS``, and of ``DartsStrategy``. NNI's searches the same space with PyTorch's own convolutions,
+contiguous, as it does for who has not got this package; ``--more`` also times it with our convolutions. *Memory* is by
+how much the peak of the resident memory of a new process rises in two steps; on a GPU, the peak of what torch has
+allocated there.
 """
 
 from __future__ import annotations
@@ -74,6 +76,8 @@ STEPS: dict[str, Callable[[], Any]] = {
     "finite difference": lambda: DartsStrategy(hypergradient="finite_difference"),
     "exact": lambda: DartsStrategy(hypergradient="exact"),
 }
+# What has no target, and is only timed with --more.
+MORE = ("textbook, own derivatives", "NNI's DARTS, our convolutions")
 TARGETS: dict[str, tuple[str, float]] = {
     "forward and backward, textbook / fused": (">=", 3.0),
     "step, NNI's DARTS / first order": (">=", 2.5),
@@ -227,8 +231,8 @@ def search(
     return watch.seconds
 
 
-def passes(shape: tuple[int, int, int], device: str) -> dict[str, Callable[[], Any]]:
-    """Return forward and backward passes by name."""
+def passes(shape: tuple[int, int, int], device: str, left_out: Sequence[str]) -> dict[str, Callable[[], Any]]:
+    """Return forward and backward passes by name, without some."""
     channels, cells, batch = shape
     found: dict[str, Callable[[], Any]] = {}
     images = torch.randn(batch, 3, RESOLUTION, RESOLUTION).to(device)
@@ -238,6 +242,8 @@ def passes(shape: tuple[int, int, int], device: str) -> dict[str, Callable[[], A
         ("textbook, own derivatives", "textbook", False, torch.channels_last),
         ("fused", "fused", False, torch.channels_last),
     ):
+        if name in left_out:
+            continue
         torch.manual_seed(0)
         strategy = DartsStrategy(execution=execution)
         space: Any = strategy.mutate_model(DartsSpace(CLASSES, channels=channels, cells=cells))
@@ -302,9 +308,12 @@ def median_ratios(seconds: Mapping[str, Sequence[float]], what: str, reference: 
     }
 
 
-def measure(shape: tuple[int, int, int], repeats: int, steps: int, seconds: float, device: str) -> dict[str, Any]:
+def measure(
+    shape: tuple[int, int, int], repeats: int, steps: int, seconds: float, device: str, more: bool
+) -> dict[str, Any]:
     """Measure everything at one shape."""
-    functions = passes(shape, device)
+    left_out = () if more else MORE
+    functions = passes(shape, device, left_out)
     timed: dict[str, list[float]] = {name: [] for name in functions}
     for _ in turns(repeats, seconds, FEWEST):
         for name, function in functions.items():
@@ -317,7 +326,7 @@ def measure(shape: tuple[int, int, int], repeats: int, steps: int, seconds: floa
         memory_format = torch.contiguous_format if STEPS[kind] is nnis else torch.channels_last
         return search(kind, shape, memory_format, steps, device, callbacks=[Pause(pause, rounds)])
 
-    searched = take_turns({kind: partial(searching, kind) for kind in STEPS})
+    searched = take_turns({kind: partial(searching, kind) for kind in STEPS if kind not in left_out})
     kinds = ("first order", "finite difference", "exact")
     memory = peak_memory(kinds, shape, device)
     ratios = {
@@ -342,17 +351,18 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7, help="forward and backward passes of each kind")
     parser.add_argument("--steps", type=int, default=8, help="steps of a search, of which the first does not count")
     add_seconds(parser)
+    parser.add_argument("--more", action="store_true", help=f"time more, without a target: {'; '.join(MORE)}")
     arguments = parser.parse_args()
     keep_compiled_convolutions()
     be_quiet()
     results = []
     for shape in SHAPES:
-        given = (arguments.repeats, arguments.steps, arguments.seconds, arguments.device)
+        given = (arguments.repeats, arguments.steps, arguments.seconds, arguments.device, arguments.more)
         results.append(measure(shape, *given))
     rows = {"{channels} channels, {cells} cells, batch {batch}".format(**r["shape"]): r["ratios"] for r in results}
     print(table(rows))
     file = save_result(
-        "fused_cell",
+        "fused_cell_more" if arguments.more else "fused_cell",
         {
             "what": "fused execution of DARTS cells; medians of the ratios of all turns, and ratios of MiB",
             "resolution": RESOLUTION,

@@ -2,8 +2,8 @@
 
     python benchmarks/run_all.py
 
-Takes about a quarter of an hour on two cores, which nothing else should use meanwhile, and a few minutes more on slow
-ones: where time is short, what is compared takes fewer turns, but some in any case.
+Takes less than a quarter of an hour on two cores, which nothing else should use meanwhile: where time is short, what is
+compared takes fewer turns.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ def main() -> None:
         script = ROOT / "benchmarks" / f"{name}.py"
         subprocess.run([sys.executable, script, "--device", device, *arguments], check=True, stdout=subprocess.DEVNULL)
         print(f"{time.monotonic() - begun:.0f} s", flush=True)
-        rows |= read_json(result_file(name, device), "result of a benchmark")["table"]
+        for setting, found in read_json(result_file(name, device), "result of a benchmark")["table"].items():
+            rows[setting] = {what: ratio for what, ratio in found.items() if "verdict" in ratio}
     print(table(rows))
     print(f"{(time.monotonic() - started) / 60:.0f} minutes")
 
