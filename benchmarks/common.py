@@ -77,7 +77,7 @@ def make_parser(description: str | None) -> argparse.ArgumentParser:
     Args:
         description: the docstring of the script, whose first line is shown.
     """
-    parser = argparse.ArgumentParser(description=(description or "").partition("\n")[0])
+    parser = argparse.ArgumentParser(description=(description or "").partition("\n")[0], allow_abbrev=False)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where it runs (default: %(default)s)")
     return parser
 
